@@ -23,14 +23,21 @@ def _text_or_list(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-class TextBlock(Body):
+class CachedPart(Body):
+    """A part of a prompt that a client may mark for the cache."""
+
+    cache_control: object = Field(default=None, description="Ignored; prefixes are cached by content.")
+
+
+class TextBlock(CachedPart):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
+    citations: object = Field(default=None, description="Ignored.")
 
 
-class ThinkingBlock(Body):
+class ThinkingBlock(CachedPart):
     """The model's reasoning, as an answer had it."""
 
     type: Literal["thinking"]
@@ -45,13 +52,15 @@ class RedactedThinkingBlock(Body):
     data: str
 
 
-class ToolUseBlock(Body):
+class ToolUseBlock(CachedPart):
     """A call that the model made."""
 
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, object]
+    caller: object = Field(default=None, description="Ignored.")
+    toolset_name: str | None = Field(default=None, description="Ignored.")
 
 
 class OtherBlock(Body):
@@ -84,13 +93,14 @@ ResultContent = Annotated[
 ]
 
 
-class ToolResultBlock(Body):
+class ToolResultBlock(CachedPart):
     """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: str
     content: ResultContent | None = None
     is_error: bool | None = None
+    toolset_name: str | None = Field(default=None, description="Ignored.")
 
 
 _BLOCKS = {
@@ -145,7 +155,7 @@ SystemText = Annotated[
 ]
 
 
-class ClientTool(Body):
+class ClientTool(CachedPart):
     """A tool that the client runs."""
 
     name: str
@@ -155,6 +165,10 @@ class ClientTool(Body):
         default=None, description="The input of its calls is always valid against `input_schema`."
     )
     type: Literal["custom"] | None = None
+    allowed_callers: object = Field(default=None, description="Ignored; the model is the only caller.")
+    defer_loading: object = Field(default=None, description="Ignored; the model sees every tool.")
+    eager_input_streaming: object = Field(default=None, description="Ignored; input always streams.")
+    input_examples: object = Field(default=None, description="Ignored.")
 
 
 class AnthropicTool(Body):
@@ -202,6 +216,7 @@ class ThinkingOption(Body):
     display: Literal["summarized", "omitted"] | None = Field(
         default=None, description="'omitted' shows the signature alone."
     )
+    block_binding: object = Field(default=None, description="Ignored.")
 
 
 class AnswerFormat(Body):
@@ -216,6 +231,7 @@ class OutputConfig(Body):
 
     effort: str | None = Field(default=None, description="low, medium, high; xhigh and max count as high.")
     format: AnswerFormat | None = None
+    task_budget: object = Field(default=None, description="Ignored.")
 
 
 class Metadata(Body):
@@ -224,7 +240,7 @@ class Metadata(Body):
     user_id: str | None = Field(default=None, description="Ignored.")
 
 
-class PromptFields(Body):
+class PromptFields(CachedPart):
     """The fields that decide the prompt of a request."""
 
     model: str | None = Field(default=None, description="The served model by default.")
@@ -237,7 +253,6 @@ class PromptFields(Body):
     )
     output_config: OutputConfig | None = None
     output_format: AnswerFormat | None = Field(default=None, description="As output_config.format.")
-    cache_control: object = Field(default=None, description="Ignored; prefixes are cached by content.")
     context_management: object = Field(default=None, description="Ignored; nothing is edited.")
     mcp_servers: list[object] | None = Field(default=None, description="Only empty: not offered.")
     thread: object = Field(default=None, description="Only null: send the whole conversation.")
