@@ -26,8 +26,8 @@ def continued_message(request: ChatRequest) -> Message | None:
         )
     if request.tool_choice.required and last.kind == "text":
         raise InvalidRequest(
-            f"{name} continues the text of an answer, but {request.tool_choice.param} asks for a call "
-            f"instead; leave one of them out.",
+            f"{name}: the answer continues the text of the last message, but {request.tool_choice.param} "
+            f"asks for a call instead; leave one of them out.",
             name,
         )
     hides_reasoning = request.max_reasoning_tokens == 0 or (request.skips_reasoning and not request.tools)

@@ -23,7 +23,9 @@ from workers.errors import InvalidRequest
 from workers.request import SamplingParams
 from workers.rpc.validate import MAX_COUNT, check_integer
 
-_NAMES = FieldNames(max_reasoning_tokens="thinking.budget_tokens", stop="stop_sequences")
+_NAMES = FieldNames(
+    max_reasoning_tokens="thinking.budget_tokens", continues="messages", stop="stop_sequences"
+)
 _FORMAT_NAME = "output"
 """The API has no name for the form of an answer; the model is shown this one."""
 _EFFORT_OF_BUDGET: tuple[tuple[int, Effort], ...] = ((10_000, "high"), (5_000, "medium"), (0, "low"))

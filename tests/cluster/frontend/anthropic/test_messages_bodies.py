@@ -284,6 +284,7 @@ def user(*blocks: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(blocks)}]
 
 
+BEGUN = [USER, {"role": "assistant", "content": "Hi th"}]
 CALL = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no max_tokens": ({"max_tokens": None}, "max_tokens must be an integer."),
@@ -353,6 +354,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"output_config": {"format": {"type": "json_schema", "schema": {"not": {"type": "string"}}}}},
         "output_config.format.schema",
     ),
+    "a call in place of the text that is continued": (
+        {"messages": BEGUN, "tools": [F], "tool_choice": {"type": "any"}},
+        "messages: the answer continues the text of the last message, but tool_choice asks for a call",
+    ),
+    "a beginning of another form": (
+        {
+            "messages": BEGUN,
+            "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+        },
+        "messages: the last message is no beginning of what output_config.format.schema asks for",
+    ),
     "MCP servers": ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is not offered"),
     "a thread": ({"thread": {"type": "create"}}, "thread is not offered"),
     "a container": ({"container": "c"}, "container is not offered"),
@@ -373,6 +385,7 @@ async def test_refusals(gateway: Gateway, engine: FakeEngine, case: str) -> None
     assert body["type"] == "error"
     assert body["error"]["type"] == "invalid_request_error"
     assert said in body["error"]["message"]
+    assert "continue_final_message" not in body["error"]["message"]
     assert body["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
     types.ErrorResponse.model_validate(body)
     assert not engine.requests
