@@ -18,7 +18,7 @@ from cluster.frontend.anthropic.answers import (
 )
 from cluster.frontend.anthropic.request import ThinkingShown
 from cluster.frontend.anthropic.schema import TOOL_USE
-from cluster.frontend.anthropic.signatures import signature
+from cluster.frontend.anthropic.signatures import Signatures
 from cluster.frontend.fold import (
     Finish,
     Fold,
@@ -29,7 +29,6 @@ from cluster.frontend.fold import (
     ToolCallDelta,
 )
 from cluster.generation import Generation
-from cluster.sealing import Sealer
 
 
 class BlockStream:
@@ -42,9 +41,9 @@ class BlockStream:
         finish: how the turn ended; None: it has not yet.
     """
 
-    def __init__(self, shown: ThinkingShown, sealer: Sealer) -> None:
+    def __init__(self, shown: ThinkingShown, signatures: Signatures) -> None:
         self._shown = shown
-        self._sealer = sealer
+        self._signatures = signatures
         self._num_blocks = 0
         self._is_open = False
         self._thinking: list[str] | None = None
@@ -92,7 +91,7 @@ class BlockStream:
             return
         if self._thinking is not None:
             text = "".join(self._thinking)
-            sealed = signature(text, self._sealer, shown=self._shown.text)
+            sealed = self._signatures.sign(text, shown=self._shown.text)
             yield self._delta({"type": "signature_delta", "signature": sealed})
             self._thinking = None
         self._is_open = False
@@ -105,14 +104,14 @@ def tool_use_id(call_id: str) -> str:
 
 
 async def events(
-    generation: Generation, shown: ThinkingShown, sealer: Sealer, max_tokens: int
+    generation: Generation, shown: ThinkingShown, signatures: Signatures, max_tokens: int
 ) -> AsyncGenerator[bytes, None]:
     """Yield a generation as complete server-sent events.
 
     Args:
         max_tokens: the number that the client asked for.
     """
-    stream, fold = BlockStream(shown, sealer), Fold(id=generation.id)
+    stream, fold = BlockStream(shown, signatures), Fold(id=generation.id)
     yield _event("message_start", {"message": _message(generation, [], usage_body(generation.usage()))})
     async for event in generation:
         if isinstance(event, Usage):
@@ -127,10 +126,10 @@ async def events(
 
 
 async def whole_message(
-    generation: Generation, shown: ThinkingShown, sealer: Sealer, max_tokens: int
+    generation: Generation, shown: ThinkingShown, signatures: Signatures, max_tokens: int
 ) -> MessageAnswer:
     """Return the whole message of a generation, when it is over."""
-    stream, fold, content = BlockStream(shown, sealer), Fold(id=generation.id), _Content()
+    stream, fold, content = BlockStream(shown, signatures), Fold(id=generation.id), _Content()
     usage: Usage | None = None
     async for event in generation:
         if isinstance(event, Usage):

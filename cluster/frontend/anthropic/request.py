@@ -11,6 +11,7 @@ from cluster.frontend.anthropic.schema import (
     PromptFields,
     ToolOffer,
 )
+from cluster.frontend.anthropic.signatures import Signatures
 from cluster.frontend.anthropic.turns import harmony_messages
 from cluster.frontend.reasoning import Effort, reasoning_effort, shown_effort
 from cluster.frontend.structure import json_schema_format, one_of
@@ -18,7 +19,6 @@ from cluster.frontend.tool_choices import Named, tool_choice
 from cluster.generation import ChatRequest, FieldNames, Structure, ToolChoice
 from cluster.generation.limits import check_reasoning_budget
 from cluster.harmony.tools import ToolDefinition, ToolFields
-from cluster.sealing import Sealer
 from workers.errors import InvalidRequest
 from workers.request import SamplingParams
 from workers.rpc.validate import MAX_COUNT, check_integer
@@ -55,7 +55,7 @@ class ThinkingShown:
         )
 
 
-def chat_request(body: MessagesRequest, num_bytes: int, sealer: Sealer) -> ChatRequest:
+def chat_request(body: MessagesRequest, num_bytes: int, signatures: Signatures) -> ChatRequest:
     """Convert a body of `num_bytes`.
 
     Raises:
@@ -69,7 +69,7 @@ def chat_request(body: MessagesRequest, num_bytes: int, sealer: Sealer) -> ChatR
     return _chat_request(
         body,
         num_bytes,
-        sealer,
+        signatures,
         SamplingParams(
             max_tokens=body.max_tokens,
             temperature=default.temperature if body.temperature is None else body.temperature,
@@ -80,19 +80,19 @@ def chat_request(body: MessagesRequest, num_bytes: int, sealer: Sealer) -> ChatR
     )
 
 
-def counted_request(body: PromptFields, num_bytes: int, sealer: Sealer) -> ChatRequest:
+def counted_request(body: PromptFields, num_bytes: int, signatures: Signatures) -> ChatRequest:
     """Convert a body of `num_bytes` to a request with the same prompt, whose tokens can be counted.
 
     Raises:
         InvalidRequest: as `chat_request`.
     """
-    return _chat_request(body, num_bytes, sealer, SamplingParams(max_tokens=None))
+    return _chat_request(body, num_bytes, signatures, SamplingParams(max_tokens=None))
 
 
 def _chat_request(
     body: PromptFields,
     num_bytes: int,
-    sealer: Sealer,
+    signatures: Signatures,
     sampling: SamplingParams,
     stop: tuple[str, ...] = (),
 ) -> ChatRequest:
@@ -104,7 +104,7 @@ def _chat_request(
     tools = () if choice is not None and choice.type == "none" else _tools(body.tools or ())
     turned_off = body.thinking is not None and body.thinking.type == "disabled"
     return ChatRequest(
-        messages=harmony_messages(body.system, body.messages, sealer),
+        messages=harmony_messages(body.system, body.messages, signatures),
         num_bytes=num_bytes,
         sampling=sampling,
         tools=tools,

@@ -12,6 +12,7 @@ from cluster.frontend.anthropic.answers import MessageAnswer, MessageEvent, Mess
 from cluster.frontend.anthropic.blocks import events, whole_message
 from cluster.frontend.anthropic.request import ThinkingShown, chat_request, counted_request
 from cluster.frontend.anthropic.schema import CountTokensRequest, MessagesRequest
+from cluster.frontend.anthropic.signatures import Signatures
 from cluster.frontend.continuity import KeptReasoning
 from cluster.frontend.openapi import Schemas
 from cluster.generation import ChatRequest, Generation, GenerationService
@@ -57,7 +58,7 @@ def add_messages(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
 
 
 def _add_create(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
-    service, sealer = api.service, api.sealer
+    service = api.service
 
     @app.post(
         errors.PATH,
@@ -67,25 +68,27 @@ def _add_create(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
     )
     async def create_message(request: Request) -> Response:
         """Answer a conversation, in the form of Anthropic's Messages API."""
+        request_id, owner = request.state.request_id, request.state.owner
+        signatures = Signatures(api.sealer, owner)
         asked, wanted = await body.read(
             request,
             MessagesRequest,
             api.limits,
             service.served.info.max_model_len,
-            lambda body, num_bytes: chat_request(body, num_bytes, sealer),
+            lambda body, num_bytes: chat_request(body, num_bytes, signatures),
         )
-        shown, request_id, owner = ThinkingShown.of(asked), request.state.request_id, request.state.owner
+        shown = ThinkingShown.of(asked)
         wanted = await api.kept.restored(wanted, owner)
         start = api.kept.watched(lambda: _begin(service, wanted, request_id), wanted, owner)
         if asked.stream:
 
             def chunks(generation: Generation) -> AsyncGenerator[bytes, None]:
-                return events(generation, shown, sealer, asked.max_tokens)
+                return events(generation, shown, signatures, asked.max_tokens)
 
             return await sse.stream(request, start, chunks, api.times, request_id, stream_form(request_id))
         generation = await sse.begin(request, start)
         try:
-            whole = whole_message(generation, shown, sealer, asked.max_tokens)
+            whole = whole_message(generation, shown, signatures, asked.max_tokens)
             return _json(await sse.until_gone(request, whole))
         finally:
             await generation.aclose()
@@ -100,15 +103,17 @@ def _add_count(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
     )
     async def count_tokens(request: Request) -> Response:
         """The number of tokens that a conversation's prompt has."""
+        owner = request.state.owner
+        signatures = Signatures(api.sealer, owner)
         asked, wanted = await body.read(
             request,
             CountTokensRequest,
             api.limits,
             service.served.info.max_model_len,
-            lambda body, num_bytes: counted_request(body, num_bytes, api.sealer),
+            lambda body, num_bytes: counted_request(body, num_bytes, signatures),
         )
         service.served.check(asked.model)
-        wanted = await api.kept.restored(wanted, request.state.owner, counts=False)
+        wanted = await api.kept.restored(wanted, owner, counts=False)
         counted: TokensCounted = {"input_tokens": await service.prompts.count(wanted)}
         return _json(counted)
 

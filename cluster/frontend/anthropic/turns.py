@@ -22,10 +22,10 @@ from cluster.frontend.anthropic.schema import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from cluster.frontend.anthropic.signatures import signed_thinking
+from cluster.frontend.anthropic.signatures import Signatures
 from cluster.frontend.chat_messages import CALLED_NAME
 from cluster.harmony.message import BLANK_LINE, FUNCTIONS, Message
-from cluster.sealing import BrokenSeal, Sealer
+from cluster.sealing import BrokenSeal
 from workers.errors import InvalidRequest
 
 _ATTRIBUTION = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
@@ -42,7 +42,7 @@ class _Placed:
 
 
 def harmony_messages(
-    system: str | Sequence[ResultBlock] | None, turns: Sequence[MessageTurn], sealer: Sealer
+    system: str | Sequence[ResultBlock] | None, turns: Sequence[MessageTurn], signatures: Signatures
 ) -> tuple[Message, ...]:
     """Return the messages that the model sees.
 
@@ -58,7 +58,7 @@ def harmony_messages(
     for role, group in groupby(numbered, key=lambda entry: entry[1].role):
         if role == "assistant":
             blocks = [placed for index, turn in group for placed in _placed(turn, index)]
-            messages += _assistant(blocks, calls, sealer)
+            messages += _assistant(blocks, calls, signatures)
             continue
         for index, turn in group:
             if role == "system":
@@ -122,7 +122,7 @@ def _user(blocks: Sequence[_Placed], calls: "_Calls") -> Iterator[Message]:
         yield Message("user")
 
 
-def _assistant(blocks: Sequence[_Placed], calls: "_Calls", sealer: Sealer) -> Iterator[Message]:
+def _assistant(blocks: Sequence[_Placed], calls: "_Calls", signatures: Signatures) -> Iterator[Message]:
     """Yield the messages of one turn. Its last texts are final if nothing follows that belongs to
     the turn and it has no calls, as final is what ends a turn."""
     last_other = max(
@@ -141,13 +141,13 @@ def _assistant(blocks: Sequence[_Placed], calls: "_Calls", sealer: Sealer) -> It
                 yield Message("assistant", text, channel="final" if is_final else "commentary")
             continue
         for _, placed in run:
-            yield _assistant_message(placed, calls, sealer)
+            yield _assistant_message(placed, calls, signatures)
 
 
-def _assistant_message(placed: _Placed, calls: "_Calls", sealer: Sealer) -> Message:
+def _assistant_message(placed: _Placed, calls: "_Calls", signatures: Signatures) -> Message:
     match placed.block:
         case ThinkingBlock() as block:
-            return Message("assistant", _thinking(block, placed.place, sealer), channel="analysis")
+            return Message("assistant", _thinking(block, placed.place, signatures), channel="analysis")
         case ToolUseBlock() as block:
             calls.add(placed.place, block)
             return Message(
@@ -165,11 +165,11 @@ def _assistant_message(placed: _Placed, calls: "_Calls", sealer: Sealer) -> Mess
             raise _wrong_role(placed, "assistant")
 
 
-def _thinking(block: ThinkingBlock, place: str, sealer: Sealer) -> str:
+def _thinking(block: ThinkingBlock, place: str, signatures: Signatures) -> str:
     if block.signature is None:
         raise InvalidRequest(f"{place}.thinking.signature: Field required")
     try:
-        return signed_thinking(block.thinking, block.signature, sealer)
+        return signatures.signed_thinking(block.thinking, block.signature)
     except BrokenSeal:
         raise InvalidRequest(f"{place}: Invalid `signature` in `thinking` block") from None
 

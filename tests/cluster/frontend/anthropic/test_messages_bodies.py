@@ -15,7 +15,7 @@ from anthropic.types import beta
 from cluster.config import GatewayConfig
 from cluster.frontend.anthropic import errors as messages_errors
 from cluster.frontend.anthropic.blocks import call_input
-from cluster.frontend.anthropic.signatures import signature, signed_thinking
+from cluster.frontend.anthropic.signatures import Signatures
 from cluster.frontend.errors import TABLE
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.sealing import BrokenSeal, Sealer
@@ -126,10 +126,10 @@ async def test_numbers_keep_their_digits(
 
 
 def test_a_signature_is_of_one_text_and_one_server() -> None:
-    sealer = Sealer(b"0123456789abcdef")
-    shown, hidden = (signature("I think.", sealer, shown=value) for value in (True, False))
-    assert signed_thinking("I think.", shown, sealer) == "I think."
-    assert signed_thinking("", hidden, sealer) == "I think."
+    signatures = Signatures(Sealer(b"0123456789abcdef"), "a")
+    shown, hidden = (signatures.sign("I think.", shown=value) for value in (True, False))
+    assert signatures.signed_thinking("I think.", shown) == "I think."
+    assert signatures.signed_thinking("", hidden) == "I think."
     for thinking, sealed in (
         ("Another.", shown),
         ("", shown),
@@ -137,9 +137,31 @@ def test_a_signature_is_of_one_text_and_one_server() -> None:
         ("I think.", "c2lnbmF0dXJl"),
     ):
         with pytest.raises(BrokenSeal):
-            signed_thinking(thinking, sealed, sealer)
+            signatures.signed_thinking(thinking, sealed)
     with pytest.raises(BrokenSeal):
-        signed_thinking("I think.", shown, Sealer(b"another-server-x"))
+        Signatures(Sealer(b"another-server-x"), "a").signed_thinking("I think.", shown)
+
+
+@pytest.mark.parametrize("display", ["summarized", "omitted"])
+async def test_a_signature_is_of_one_api_key(
+    engine: FakeEngine, encoding: HarmonyEncoding, display: str
+) -> None:
+    engine.answer = lambda request: Script(turn(encoding, reasoning="Think.", text="Hello."))
+    fields = {"max_tokens": 500, "thinking": {"type": "adaptive", "display": display}}
+    config = GatewayConfig(api_keys=("first-key", "second-key"), stream_headers_s=60.0)
+    async with serving(encoding, [engine], config=config) as gateway, asyncio.timeout(60):
+        first = (await post(gateway, **fields)).json()
+        messages = [USER, {"role": "assistant", "content": first["content"]}, USER]
+        answers = [
+            await gateway.http.post(
+                path, json={**fields, "messages": messages}, headers={"x-api-key": key, "authorization": ""}
+            )
+            for path in ("/v1/messages", "/v1/messages/count_tokens")
+            for key in config.api_keys
+        ]
+    assert [answer.status_code for answer in answers] == [200, 400, 200, 400]
+    for refused in answers[1::2]:
+        assert "Invalid `signature` in `thinking` block" in refused.json()["error"]["message"]
 
 
 async def prompt_of(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding, **fields: Any) -> str:
