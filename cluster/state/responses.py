@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
-from sqlalchemy import Row, delete, insert, select
+from sqlalchemy import Row, and_, delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cluster.state.clock import unix_now
@@ -75,6 +75,18 @@ class StoredResponse:
     previous_response_id: str | None = None
     conversation_id: str | None = None
     conversation_position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundItems:
+    """Items by id.
+
+    Attributes:
+        num_bytes: their size, about.
+    """
+
+    items: dict[str, StoredItem]
+    num_bytes: int = 0
 
 
 class Responses:
@@ -155,23 +167,33 @@ class Responses:
             )
             return await read_page(connection, rows, table.c, query)
 
-    async def items_by_id(self, owner: str, ids: Sequence[str]) -> dict[str, StoredItem]:
+    async def items_by_id(self, owner: str, ids: Sequence[str], max_bytes: int) -> FoundItems:
         """Return the owner's items with these ids, of all responses; the newest where several have
-        one id. Those that are not there are left out."""
-        items, table = response_items, responses
+        one id. Those that are not there are left out.
+
+        Raises:
+            ContextLengthExceeded: they have more than `max_bytes`.
+        """
+        table, num_bytes = response_items.c, 0
+        size = func.length(table.body) + func.coalesce(func.length(table.tokens), 0) + ROW_BYTES
         found: dict[str, StoredItem] = {}
         async with self._database.read() as connection:
             for some in _batches([id for id in ids if is_id(id)]):
-                rows = await connection.execute(
-                    select(items.c.id, items.c.body, items.c.tokens)
-                    .join(table, table.c.id == items.c.response_id)
-                    .where(
-                        items.c.id.in_(some), table.c.owner == owner, table.c.expires_at > int(self._now())
+                newest = _newest(owner, some, int(self._now()))
+                num_bytes += (
+                    await connection.execute(select(func.sum(size)).select_from(response_items).join(*newest))
+                ).scalar() or 0
+                if num_bytes > max_bytes:
+                    raise ContextLengthExceeded(
+                        f"The items that the input refers to have {num_bytes} bytes; with what precedes it, "
+                        f"{MAX_HISTORY_BYTES} can be continued.",
+                        "input",
                     )
-                    .order_by(table.c.created_at)
+                rows = await connection.execute(
+                    select(table.id, table.body, table.tokens).select_from(response_items).join(*newest)
                 )
                 found |= {id: stored_item(body, tokens) for id, body, tokens in rows}
-        return found
+        return FoundItems(found, num_bytes)
 
     async def inputs(self, id: str, owner: str) -> tuple[StoredItem, ...]:
         """Return all items of a response's own request.
@@ -368,6 +390,26 @@ async def _items_of(connection: AsyncConnection, ids: Sequence[str]) -> tuple[St
         for response_id, body, tokens in rows:
             found[response_id].append(stored_item(body, tokens))
     return tuple(item for id in ids for item in found[id])
+
+
+def _newest(owner: str, ids: Sequence[str], now: int) -> tuple[Any, Any]:
+    """Return what the items join with so that of each id the owner's newest one is left."""
+    items, table = response_items.c, responses.c
+    rank = func.row_number().over(
+        partition_by=items.id, order_by=(table.created_at.desc(), items.response_id, items.is_output.desc())
+    )
+    ranked = (  # without bodies: an id may be in many rows
+        select(items.response_id, items.is_output, items.position, rank.label("rank"))
+        .join(responses, table.id == items.response_id)
+        .where(items.id.in_(ids), table.owner == owner, table.expires_at > now)
+        .subquery()
+    )
+    return ranked, and_(
+        ranked.c.rank == 1,
+        ranked.c.response_id == items.response_id,
+        ranked.c.is_output == items.is_output,
+        ranked.c.position == items.position,
+    )
 
 
 def _batches(ids: Sequence[str]) -> list[Sequence[str]]:

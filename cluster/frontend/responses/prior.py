@@ -11,8 +11,11 @@ from cluster.frontend.responses.request import refuse_state
 from cluster.frontend.responses.schema import ConversationParam, PriorFields
 from cluster.frontend.responses.schema_items import Item, ItemReference
 from cluster.frontend.responses.stored import stored_input
-from cluster.state.conversations import StoredTurns
+from cluster.generation.limits import check_num_messages
+from cluster.generation.threads import TextThreads
+from cluster.state.conversations import MAX_HISTORY_BYTES, StoredTurns
 from cluster.state.errors import NotStored
+from cluster.state.responses import FoundItems
 from cluster.state.rows import StoredItem
 from cluster.state.state import State
 from workers.errors import CantataError, InvalidRequest
@@ -28,7 +31,7 @@ class Prior:
     Attributes:
         inputs: its own items, as they are stored.
         num_before: number of items before its own in the body's input.
-        num_bytes: size of these.
+        num_bytes: size of these, and of the items that it refers to.
         conversation_position: see `StoredTurns`.
     """
 
@@ -44,13 +47,21 @@ NOTHING_BEFORE = Prior(())
 """Nothing precedes the request, and its own items are not to be stored."""
 
 
-async def with_prior(body: Fields, owner: str, state: State | None) -> tuple[Fields, Prior]:
+async def with_prior(
+    body: Fields, num_bytes: int, owner: str, state: State | None, threads: TextThreads, max_items: int
+) -> tuple[Fields, Prior]:
     """Return the body with the items that it continues before its own, and stored items in place of
     references to them.
 
+    Args:
+        num_bytes: size of the body.
+        threads: join what is large.
+        max_items: maximum number of items of all.
     Raises:
         InvalidRequest: it contradicts itself, or continues or refers to what is not there; or there
             is no state.
+        ContextLengthExceeded: what it continues or refers to is too large for any context.
+        Overloaded: see `TextThreads.run`.
         StateUnavailable: the database does not answer.
     """
     conversation_id = _conversation_id(body)
@@ -65,23 +76,37 @@ async def with_prior(body: Fields, owner: str, state: State | None) -> tuple[Fie
     if getattr(body, "background", None) and getattr(body, "store", None) is False:
         raise InvalidRequest("background needs store: the response is read from there.", "store")
     turns = await _turns(state, owner, body.previous_response_id, conversation_id)
-    own = body.input
+    num_own = len(body.input) if isinstance(body.input, list) else 1
+    check_num_messages(len(turns.items) + num_own, max_items, "input")
+    referred = await _referred(body.input, owner, state, turns)
+    before_bytes = turns.num_bytes + referred.num_bytes
+    whole, inputs = await threads.run(
+        num_bytes + before_bytes, lambda: _joined(body, turns, referred, conversation_id)
+    )
+    return whole, Prior(
+        inputs,
+        len(turns.items),
+        before_bytes,
+        body.previous_response_id,
+        conversation_id,
+        turns.conversation_position,
+    )
+
+
+def _joined(
+    body: Fields, turns: StoredTurns, referred: FoundItems, conversation_id: str | None
+) -> tuple[Fields, tuple[StoredItem, ...]]:
+    """Return the body with all items, and its own ones as they are stored."""
+    own: str | Sequence[Item] | None = body.input
     if own is not None and not isinstance(own, str):
-        own = await _without_references(own, owner, state, turns.items)
+        own = _without_references(own, referred.items, turns.items)
     inputs = stored_input(own)
     _check_new(inputs, turns, conversation_id)
     if turns.items or own is not body.input:
         before = _ITEMS.validate_python([item.body for item in turns.items])
         after = _ITEMS.validate_python([item.body for item in inputs]) if isinstance(own, str) else own or ()
         body = body.model_copy(update={"input": [*before, *after]})
-    return body, Prior(
-        inputs,
-        len(turns.items),
-        turns.num_bytes,
-        body.previous_response_id,
-        conversation_id,
-        turns.conversation_position,
-    )
+    return body, inputs
 
 
 def repeated(prior: Prior, *, store: bool, background: bool) -> dict[str, Any]:
@@ -120,16 +145,36 @@ async def _turns(
     return StoredTurns(())
 
 
-async def _without_references(
-    items: list[Item], owner: str, state: State, before: Sequence[StoredItem]
-) -> list[Item]:
+async def _referred(
+    items: str | Sequence[Item] | None, owner: str, state: State, turns: StoredTurns
+) -> FoundItems:
+    """Return the stored items that are referred to, without those that precede anyway."""
+    places: dict[str, int] = {}
+    for index, item in enumerate(() if items is None or isinstance(items, str) else items):
+        if not isinstance(item, ItemReference):
+            continue
+        if item.id in places:
+            raise InvalidRequest(
+                f"input[{index}] refers to the item '{item.id[:100]}', as input[{places[item.id]}] does; "
+                f"remove one of them.",
+                f"input[{index}]",
+            )
+        places[item.id] = index
+    known = {item.id for item in turns.items} if places else set()
+    wanted = [id for id in places if id not in known]
+    if not wanted:
+        return FoundItems({})
+    return await state.responses.items_by_id(owner, wanted, MAX_HISTORY_BYTES - turns.num_bytes)
+
+
+def _without_references(
+    items: Sequence[Item], found: Mapping[str, StoredItem], before: Sequence[StoredItem]
+) -> Sequence[Item]:
     """Return the items with stored ones in place of references; leave out references to items that
     precede anyway."""
-    wanted = [item.id for item in items if isinstance(item, ItemReference)]
-    if not wanted:
+    if not any(isinstance(item, ItemReference) for item in items):
         return items
     known = {item.id for item in before}
-    found = await state.responses.items_by_id(owner, [id for id in wanted if id not in known])
     result: list[Item] = []
     for index, item in enumerate(items):
         if not isinstance(item, ItemReference):

@@ -48,8 +48,13 @@ class ResponsesApi:
         given, num_bytes = await body.read(
             request, kind, self.limits, self.service.served.info.max_model_len, lambda _, num_bytes: num_bytes
         )
-        parsed, prior = await with_prior(given, owner_of(request), self.state)
+        parsed, prior = await self.with_prior(given, num_bytes, owner_of(request))
         return parsed, num_bytes + prior.num_bytes, prior
+
+    async def with_prior(self, given: Fields, num_bytes: int, owner: str) -> tuple[Fields, Prior]:
+        """Return a body with what precedes it; see `prior.with_prior`."""
+        threads = self.service.prompts.threads
+        return await with_prior(given, num_bytes, owner, self.state, threads, self.limits.max_messages)
 
     def asked(
         self, asked: ResponsesRequest, num_bytes: int, seals: Seals, prior: Prior = NOTHING_BEFORE

@@ -18,12 +18,13 @@ from cluster.config import GatewayConfig
 from cluster.events import Usage
 from cluster.frontend import body, errors
 from cluster.frontend.responses.events import Event, ResponseEvents
-from cluster.frontend.responses.prior import Prior, with_prior
+from cluster.frontend.responses.prior import Prior
 from cluster.frontend.responses.request import Asked
 from cluster.frontend.responses.routes import ResponsesApi, make_events
 from cluster.frontend.responses.saver import Saver
 from cluster.frontend.responses.schema import ResponsesRequest
 from cluster.frontend.responses.schema_items import Item, MessageItem
+from cluster.generation.limits import check_num_messages
 from workers.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ class Connection:
     async def _respond(self, given: ResponsesRequest, num_bytes: int, *, generates: bool) -> None:
         if given.background:
             raise InvalidRequest("background is not offered on a WebSocket.", "background")
-        whole, prior = await self._with_prior(given)
+        whole, prior = await self._with_prior(given, num_bytes)
         num_all = num_bytes + prior.num_bytes
         asked = await self._api.service.prompts.threads.run(
             num_all, lambda: self._api.asked(whole, num_all, self._seals, prior)
@@ -236,12 +237,12 @@ class Connection:
         is_stored = saver is not None and response["store"]
         self._keep(_Last(asked.record.id, (*(items or ()), *output), size, is_stored))
 
-    async def _with_prior(self, given: ResponsesRequest) -> tuple[ResponsesRequest, Prior]:
+    async def _with_prior(self, given: ResponsesRequest, num_bytes: int) -> tuple[ResponsesRequest, Prior]:
         """Return a request with what it continues: the last response where that is not stored, else
         what is stored."""
         last, id = self._last, given.previous_response_id
         if id is None or (self._api.state is not None and (last is None or last.id != id or last.is_stored)):
-            return await with_prior(given, self._owner, self._api.state)
+            return await self._api.with_prior(given, num_bytes, self._owner)
         if last is None or last.id != id:
             raise errors.PreviousResponseNotFound(
                 f"Previous response with id '{id[:100]}' not found: nothing is stored, and this connection "
@@ -250,6 +251,7 @@ class Connection:
             )
         own = given.input
         items = [MessageItem(role="user", content=own)] if isinstance(own, str) else own or ()
+        check_num_messages(len(last.items) + len(items), self._api.limits.max_messages, "input")
         # What continues a response that is not stored cannot be stored either.
         whole = given.model_copy(update={"input": [*last.items, *items], "store": False})
         return whole, Prior((), len(last.items), last.num_bytes, id)

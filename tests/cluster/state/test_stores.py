@@ -14,7 +14,7 @@ from cluster.state.rows import PageQuery, StoredItem
 from cluster.state.sweeper import stored_bytes
 from cluster.state.tables import responses
 from tests.cluster.state.conftest import Stores
-from workers.errors import InvalidRequest
+from workers.errors import ContextLengthExceeded, InvalidRequest
 
 ME, OTHER = owner_of("my key"), owner_of("another key")
 
@@ -46,9 +46,26 @@ async def test_a_chain_is_its_items_oldest_first(stores: Stores) -> None:
     assert turns.items[1].token_ids == (1, 200_000)
     found = await stores.responses.get("c", ME)
     assert (found.status, found.body, found.request) == ("completed", {"id": "c"}, {"seed": 1})
-    references = await stores.responses.items_by_id(ME, ["out_a", "x", "gone", "\0"])
-    assert references.keys() == {"out_a", "x"}
-    assert await stores.responses.items_by_id(OTHER, ["out_a"]) == {}
+
+
+async def test_references_find_the_newest_items_up_to_a_size(stores: Stores) -> None:
+    await put(stores, "a", inputs=(item("x", "old"), item("y", tokens=(7,))))
+    stores.clock.now += 1
+    await put(stores, "b", inputs=(item("x", "new"),))
+    await put(stores, "c", inputs=(item("x", "theirs"),), owner=OTHER)
+    wanted = ["x", "y", "out_a", "gone", "\0"]
+    found = await stores.responses.items_by_id(ME, wanted, 10_000)
+    assert found.items == {
+        "x": item("x", "new"),
+        "y": item("y", tokens=(7,)),
+        "out_a": item("out_a", tokens=(1, 200_000)),
+    }
+    assert 600 < found.num_bytes < 1000
+    assert (await stores.responses.items_by_id(ME, wanted, found.num_bytes)).items == found.items
+    with pytest.raises(ContextLengthExceeded, match=r"refers to have \d+ bytes") as caught:
+        await stores.responses.items_by_id(ME, wanted, found.num_bytes - 1)
+    assert caught.value.param == "input"
+    assert (await stores.responses.items_by_id(OTHER, ["out_a"], 10_000)).items == {}
 
 
 async def test_another_keys_objects_are_not_found(stores: Stores) -> None:

@@ -1,7 +1,7 @@
 """Stored responses and conversations over HTTP, with the openai package."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,47 @@ async def test_references_to_items(stateful: Gateway, engine: FakeEngine, encodi
     error = await refusal(stateful, input=[{"type": "item_reference", "id": "msg_gone"}])
     assert error["param"] == "input[0]"
     assert "not found" in error["message"]
+    for before in ({}, {"previous_response_id": first.id}):
+        error = await refusal(stateful, input=[reference] * 300, **before)
+        assert error["param"] == "input[1]"
+        assert "as input[0] does" in error["message"]
+
+
+async def test_what_is_joined_to_a_short_body_is_work_for_a_thread(
+    stateful: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = (await stateful.http.post(RESPONSES, json={"input": "long " * 200})).json()
+    page = (await stateful.http.get(f"{RESPONSES}/{made['id']}/input_items")).json()
+    reference = {"type": "item_reference", "id": page["data"][0]["id"]}
+    sizes: list[int] = []
+    run = stateful.service.prompts.threads.run
+
+    async def spy(num_chars: int, work: Callable[[], Any]) -> Any:
+        sizes.append(num_chars)
+        return await run(num_chars, work)
+
+    monkeypatch.setattr(stateful.service.prompts.threads, "run", spy)
+    for body in ({"input": "Hi", "previous_response_id": made["id"]}, {"input": [reference]}):
+        sizes.clear()
+        assert (await stateful.http.post(RESPONSES, json=body)).status_code == 200
+        joined, converted, rendered, *_ = sizes
+        assert min(joined, converted, rendered) > 1000, body
+
+
+async def test_the_number_of_items_with_those_before_is_bounded(
+    encoding: HarmonyEncoding, engine: FakeEngine, state: State
+) -> None:
+    says(engine, encoding, text="Hello.")
+    config = GatewayConfig(max_messages=3, stream_headers_s=60.0)
+    async with serving(encoding, [engine], state=state, config=config) as gateway:
+        made = (await gateway.http.post(RESPONSES, json={"input": "Hi"})).json()
+        more = {"role": "user", "content": "More"}
+        body: Any = {"previous_response_id": made["id"], "input": [more] * 2}
+        error = await refusal(gateway, **body)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+        assert "gateway.max_messages" in error["message"]
+        body["input"] = [more]
+        assert (await gateway.http.post(RESPONSES, json=body)).status_code == 200
 
 
 async def test_conversations_with_the_openai_package(
