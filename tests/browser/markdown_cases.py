@@ -22,12 +22,19 @@ CASES = {
     "one\ntwo  \nthree\n\nfour": "<p>one<br>two<br>three</p><p>four</p>",
     "# One\n## Two ##\ntext": '<h3 class="level-1" aria-level="3">One</h3><h3 class="level-2" aria-level="4">'
     "Two</h3><p>text</p>",
+    "# a#\n## b # #\n### #\n# c\td \t##\t": '<h3 class="level-1" aria-level="3">a#</h3><h3 class="level-2" '
+    'aria-level="4">b #</h3><h3 class="level-3" aria-level="5"></h3><h3 class="level-1" aria-level="3">'
+    "c\td</h3>",
     "#none": "<p>#none</p>",
     "**a *b* c** __d__ _e_ ~~f~~ ***g***": "<p><strong>a <em>b</em> c</strong> <strong>d</strong> <em>e</em> "
     "<s>f</s> <strong><em>g</em></strong></p>",
     "2 * 3 * 4, snake_case_name, **open": "<p>2 * 3 * 4, snake_case_name, **open</p>",
     r"\*not\* \<b> <b>bold</b> &amp;": "<p>*not* &lt;b&gt; &lt;b&gt;bold&lt;/b&gt; &amp;amp;</p>",
     "`a` ``b ` c`` `*d*`": "<p><code>a</code> <code>b ` c</code> <code>*d*</code></p>",
+    "`` `a` `` ` b` `  `": "<p><code>`a`</code> <code> b</code> <code>  </code></p>",
+    "(https://example.com/a_(b)).)?": "<p>("
+    + link("https://example.com/a_(b)", "https://example.com/a_(b)")
+    + ").)?</p>",
     "[a *b*](https://example.com/c_(d) 'title')": "<p>"
     + link("https://example.com/c_(d)", "a <em>b</em>")
     + "</p>",
@@ -64,6 +71,8 @@ CASES = {
 }
 """HTML by text."""
 
+_RUN = 200_000
+
 LARGE = [
     "*a " * 10_000,
     "**a_b" * 10_000,
@@ -76,4 +85,16 @@ LARGE = [
     "| a " * 8_000 + "\n" + "|-" * 8_000,
     "http://" * 8_000,
     "~~~~\n" + "a\n" * 20_000,
+    # Runs of one character that a regular expression could divide in many ways.
+    "# a" + " " * _RUN + "b",
+    "# " + " " * _RUN + "\u2028" + "a" * 1001,
+    "- " + " " * _RUN + "\u2028" + "a" * 1001,
+    "~~~" + " " * _RUN + "`",
+    "~" * _RUN + "`",
+    "a | b\n" + " " * _RUN + "a-" + "a" * 1001,
+    "a | b\n:-" + " " * _RUN + "a",
+    "a" + " " * _RUN + "b\nc",
+    "` " + "a" * _RUN + "`",
+    "https://example.com/" + "." * _RUN + "a",
+    "https://example.com/" + ")" * _RUN,
 ]

@@ -20,12 +20,14 @@ import { inline } from "./markdown_inline.js";
 const MAX_DEPTH = 8;
 /** Number of nested lists and quotes after which their text is shown as it is. */
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
+// None of these has two parts that can divide a run of one character in many ways: the time would
+// grow with the square of its length.
+const FENCE = /^ {0,3}(`{3,}|~{3,}(?!~))([^`\n]*)$/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
-const ITEM = /^( {0,3}(?:[-*+]|\d{1,9}[.)]))(?:([ \t]+)(.*))?$/;
-const DELIMITERS = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const ITEM = /^( {0,3}(?:[-*+]|\d{1,9}[.)]))(?:([ \t]+)(?![ \t])(.*))?$/;
+const DELIMITERS = /^\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/;
 
 /**
  * A text that grows, as Markdown. What is complete is left alone; only the last blocks are made
@@ -149,8 +151,10 @@ function parseBlock(lines, at) {
   if (fence) return parseFence(lines, at, fence[1], fence[2]);
   const heading = HEADING.exec(line);
   if (heading) {
-    const text = (heading[2] ?? "").replace(/(?:^|[ \t]+)#+[ \t]*$/, "").trim();
-    return [{ kind: "heading", from: at, level: heading[1].length, text }, at + 1];
+    return [
+      { kind: "heading", from: at, level: heading[1].length, text: headingText(heading[2] ?? "") },
+      at + 1,
+    ];
   }
   if (RULE.test(line)) return [{ kind: "rule", from: at }, at + 1];
   if (QUOTE.test(line)) return parseQuote(lines, at);
@@ -160,6 +164,17 @@ function parseBlock(lines, at) {
   while (next < lines.length && lines[next].trim() && !startsBlock(lines, next)) next += 1;
   const text = lines.slice(at, next).map((each) => each.trim()).join("\n");
   return [{ kind: "paragraph", from: at, text }, next];
+}
+
+/**
+ * Return the text of a heading without the marks at its end, which are a word of their own.
+ * @param {string} text
+ */
+function headingText(text) {
+  const whole = text.trim();
+  let end = whole.length;
+  while (whole[end - 1] === "#") end -= 1;
+  return end === 0 || " \t".includes(whole[end - 1]) ? whole.slice(0, end).trim() : whole;
 }
 
 /**
@@ -262,7 +277,7 @@ function isTable(lines, at) {
     lines[at].includes("|") &&
     rule !== undefined &&
     rule.includes("-") &&
-    DELIMITERS.test(rule) &&
+    DELIMITERS.test(rule.trim()) &&
     cells(rule).length === cells(lines[at]).length
   );
 }

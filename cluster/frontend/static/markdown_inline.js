@@ -45,7 +45,9 @@ function render(parent, text, depth) {
   while (at < text.length) {
     const character = text[at];
     if (character === "\n") {
-      plain = plain.replace(/[ \\]+$/, "");
+      let end = plain.length;
+      while (" \\".includes(plain[end - 1] ?? "x")) end -= 1;
+      plain = plain.slice(0, end);
       put(el("br"), at + 1);
       continue;
     }
@@ -93,7 +95,8 @@ function codeAt(text, at, unclosed) {
     const run = runAt(text, end);
     if (run === mark) {
       const code = text.slice(at + mark.length, end).replaceAll("\n", " ");
-      return { node: el("code", {}, code.replace(/^ (.*\S.*) $/, "$1")), next: end + mark.length };
+      const isPadded = code.startsWith(" ") && code.endsWith(" ") && code.trim();
+      return { node: el("code", {}, isPadded ? code.slice(1, -1) : code), next: end + mark.length };
     }
     end += run.length;
   }
@@ -190,11 +193,13 @@ function closingBracket(text, at) {
  * @param {string} address
  */
 function withoutEnd(address) {
-  let end = address.replace(/[.,;:!?*_~]+$/, "");
-  while (end.endsWith(")") && end.split(")").length > end.split("(").length) {
-    end = end.slice(0, -1).replace(/[.,;:!?*_~]+$/, "");
+  let numUnopened = address.split(")").length - address.split("(").length;
+  let end = address.length;
+  for (; ; end -= 1) {
+    const last = address[end - 1];
+    if (last === ")" && numUnopened > 0) numUnopened -= 1;
+    else if (!".,;:!?*_~".includes(last)) return address.slice(0, end);
   }
-  return end;
 }
 
 /**
