@@ -3,7 +3,6 @@ the call's result. It is kept by call id until the turn's final message, and put
 has the call without any."""
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -60,12 +59,13 @@ class KeptReasoning:
     async def watched(
         self, begin: Callable[[], Awaitable[Generation]], request: ChatRequest, owner: str
     ) -> Generation:
-        """Begin a generation of the request. If it ends in a call its reasoning is kept; if it ends
-        otherwise, what was kept for the request's calls is dropped."""
+        """Begin a generation of the request. Reasoning of choices that end in a call is kept; if
+        every choice ends in a final message, what was kept for the request's calls is dropped."""
         generation = await begin()
         if self._continuity is not None:
             open_ids = [message.call_id for message in _since_final(request.messages) if message.call_id]
-            generation.observer = _Observer(self._continuity, owner, generation.id, open_ids).see
+            observer = _Observer(self._continuity, owner, generation.id, open_ids, request.sampling.n)
+            generation.observer = observer.see
         return generation
 
 
@@ -124,14 +124,24 @@ class _Choice:
 
 
 class _Observer:
-    """The reader of a generation's events that keeps its reasoning."""
+    """The reader of a generation's events that keeps its reasoning.
 
-    def __init__(self, continuity: Continuity, owner: str, id: str, open_ids: Sequence[str]) -> None:
+    Args:
+        id: the generation's.
+        open_ids: the calls of the tool loop in progress.
+        num_choices: number of the generation's choices.
+    """
+
+    def __init__(
+        self, continuity: Continuity, owner: str, id: str, open_ids: Sequence[str], num_choices: int
+    ) -> None:
         self._continuity = continuity
         self._owner = owner
         self._id = id
         self._open_ids = open_ids
         self._choices: dict[int, _Choice] = {}
+        self._num_unfinal = num_choices
+        self._has_failed = False
 
     async def see(self, event: GenerationEvent) -> None:
         """Take the next event; at the end of a choice what it gives is stored before the client
@@ -154,9 +164,19 @@ class _Observer:
     async def _end(self, finish: ChoiceFinish, choice: _Choice) -> None:
         text = "".join(choice.reasoning)
         ids = [call_id(self._id, finish.choice, index) for index in range(choice.num_calls)]
-        with contextlib.suppress(StateUnavailable, StateFull, TimeoutError):
+        if ids and text:
+            await self._access(lambda: self._continuity.put(self._owner, ids, text))
+        elif not ids and finish.reason == "stop":
+            self._num_unfinal -= 1
+            if not self._num_unfinal and self._open_ids:
+                await self._access(lambda: self._continuity.drop(self._owner, self._open_ids))
+
+    async def _access(self, access: Callable[[], Awaitable[None]]) -> None:
+        """Change the state, unless it failed before: an answer waits for it once at most."""
+        if self._has_failed:
+            return
+        try:
             async with asyncio.timeout(_PATIENCE_S):
-                if ids and text:
-                    await self._continuity.put(self._owner, ids, text)
-                elif not ids and finish.reason == "stop" and self._open_ids:
-                    await self._continuity.drop(self._owner, self._open_ids)
+                await access()
+        except (StateUnavailable, StateFull, TimeoutError):
+            self._has_failed = True

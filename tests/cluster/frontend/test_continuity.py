@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from cluster.config import GatewayConfig
+from cluster.frontend import continuity
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.state.errors import StateUnavailable
 from cluster.state.settings import StateConfig, location
@@ -60,9 +61,10 @@ class Chat:
         self._call_ids: list[str] = []
         self.messages: list[Any] = [QUESTION]
 
-    async def ask(self) -> None:
+    async def ask(self, **fields: Any) -> None:
         """Get the next message; it is known but for the ids of its calls."""
         body = {"messages": self.messages, "tools": [self.tool], "max_tokens": 200, "stream": self._stream}
+        body |= fields
         response = await self._http.post(self.path, json=body, headers=self._headers)
         assert response.status_code == 200, response.text
         self._call_ids = list(dict.fromkeys(re.findall(r'"id":"((?:call|toolu)_\w+)"', response.text)))
@@ -155,6 +157,53 @@ async def test_reasoning_of_another_key_is_not_found(
     first.messages = first.messages[:3]
     await first.ask()
     assert prompt(engine, encoding).count(ANALYSIS) == 1
+
+
+async def test_reasoning_is_dropped_when_no_choice_goes_on(
+    remembering: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    call = turn(encoding, reasoning=REASONING, call=("get_weather", '{"city":"Oslo"}'))
+    final = turn(encoding, reasoning="Done.", text="It rains.")
+    engine.answer = lambda request: Script(call)
+    client = Chat(remembering, KEYS[0], stream=False)
+    await client.ask()
+    client.give_result()
+    turns = [final, call, final]
+    engine.answer = lambda request: Script(turns.pop())
+    await client.ask(n=3)
+    client.give_result()
+    loop = [*client.messages]
+    engine.answer = lambda request: Script(final)
+    await client.ask(n=2)
+    assert prompt(engine, encoding).count(ANALYSIS) == 2
+    client.messages = loop
+    await client.ask()
+    assert ANALYSIS not in prompt(engine, encoding)
+
+
+async def test_an_answer_waits_once_for_a_state_that_hangs(
+    remembering: Gateway,
+    engine: FakeEngine,
+    encoding: HarmonyEncoding,
+    state: State,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[Any] = []
+
+    async def hang(*asked: Any) -> None:
+        kept.append(asked)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(state.continuity, "put", hang)
+    monkeypatch.setattr(continuity, "_PATIENCE_S", 0.01)
+    engine.answer = lambda request: Script(
+        turn(encoding, reasoning=REASONING, call=("get_weather", '{"city":"Oslo"}'))
+    )
+    client = Chat(remembering, KEYS[0], stream=False)
+    await client.ask(n=3)
+    assert len(kept) == 1
+    await client.ask()
+    assert len(kept) == 2  # the next one tries again
 
 
 async def test_a_state_that_is_down_or_off_leaves_chats_alone(
