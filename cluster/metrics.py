@@ -102,7 +102,7 @@ class GatewayMetrics:
     def _add_continuity(self, counter: "partial[Counter]") -> None:
         self.restored_reasoning = counter(
             "cantata_gateway_restored_reasoning",
-            "Calls whose client sent a result without the reasoning: it was kept here (hit) or not (miss).",
+            "Calls of this server that came back without their reasoning: it was kept (hit) or not (miss).",
             ("result",),
         )
         for result in ("hit", "miss"):

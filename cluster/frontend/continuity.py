@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.events import ChoiceFinish, GenerationEvent, Usage
-from cluster.frontend.fold import call_id
+from cluster.frontend.fold import call_id, is_call_id
 from cluster.generation import ChatRequest, Generation
 from cluster.harmony.message import BLANK_LINE, Message, MessageEnd, MessageStart
 from cluster.metrics import GatewayMetrics
@@ -76,7 +76,8 @@ def _since_final(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _calls_without_reasoning(messages: Sequence[Message]) -> list[int]:
-    """Return the indices of the calls that need reasoning and have none in their message."""
+    """Return the indices of the calls that need reasoning and have none in their message. Reasoning
+    is kept for this server's own calls alone."""
     indices: list[int] = []
     calls: list[int] = []
     has_reasoning = False
@@ -88,7 +89,7 @@ def _calls_without_reasoning(messages: Sequence[Message]) -> list[int]:
             calls, has_reasoning = [], False
         elif message.kind == "reasoning":
             has_reasoning = True
-        elif message.call_id is not None:
+        elif message.call_id is not None and is_call_id(message.call_id):
             calls.append(index)
     return indices
 

@@ -3,6 +3,7 @@ chat, completions and gRPC's Chat show it, whole or in deltas; or a part for eac
 Responses and Messages do."""
 
 import hashlib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
@@ -114,6 +115,11 @@ def call_id(generation_id: str, choice: int, call_index: int) -> str:
     tokens."""
     digest = hashlib.sha256(f"{generation_id}/{choice}/{call_index}".encode())
     return f"call_{digest.hexdigest()[:24]}"
+
+
+def is_call_id(id: str) -> bool:
+    """Return whether `call_id` may have made an id; others are a client's or another server's."""
+    return re.fullmatch(r"call_[0-9a-f]{24}", id) is not None
 
 
 @dataclass(slots=True)

@@ -181,6 +181,25 @@ async def test_reasoning_is_dropped_when_no_choice_goes_on(
     assert ANALYSIS not in prompt(engine, encoding)
 
 
+@pytest.mark.parametrize(("id", "misses"), [("call_" + 24 * "0", 1), ("call_0", 0), ("x" + 24 * "0", 0)])
+async def test_calls_of_others_are_no_misses(
+    remembering: Gateway, state: State, monkeypatch: pytest.MonkeyPatch, id: str, misses: int
+) -> None:
+    asked: list[str] = []
+    get = state.continuity.get
+
+    async def seen(owner: str, call_ids: list[str]) -> dict[str, str]:
+        asked.extend(call_ids)
+        return await get(owner, call_ids)
+
+    monkeypatch.setattr(state.continuity, "get", seen)
+    client = Chat(remembering, KEYS[0], stream=False)
+    client.messages += [{"role": "assistant", **client.reply([id])}, *client.results([id])]
+    await client.ask()
+    assert restored(remembering) == (0, misses)
+    assert asked == [id] * misses
+
+
 async def test_an_answer_waits_once_for_a_state_that_hangs(
     remembering: Gateway,
     engine: FakeEngine,
