@@ -80,8 +80,9 @@ class GatewayConfig(_Settings):
         api_keys: if not empty, a request needs one of them (`Authorization: Bearer …`).
         secret: text of 16 characters or more that all gateways of a deployment share, and that is
             unchanged when they restart: what clients keep for the server, such as encrypted
-            reasoning, opens with it alone. None: a random one, which gateways on Ray share while
-            its head lives, and which is new with each start standalone.
+            reasoning, opens with it alone. None: a random one, which on a single host is kept
+            beside the SQLite database of the state; else it lives as long as the process, or as
+            Ray's head, whose gateways share it.
         cors_origins: web origins whose pages may call the API from a browser; `*` for all.
         page: serve the chat page at `/`.
         max_in_flight_requests: maximum number of running requests; more are refused with 429.
