@@ -26,6 +26,8 @@ _RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _ESCAPE = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([nrt\"\\\[\]]))|([^\\])", re.DOTALL
 )
+_NUMBER = re.compile("[0-9]+")
+_MAX_DIGITS = 9
 _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -72,6 +74,15 @@ class _Parser(GrammarParser):
         if code > 0x10FFFF or 0xD800 <= code < 0xE000:
             raise GbnfToLarkError(pos, "This is no character")
         return f"\\{chr(code)}", after
+
+    @staticmethod
+    def _parse_int(pos: Position) -> tuple[int, Position]:
+        found = _NUMBER.match(pos.text, pos.pos)
+        if found is None:
+            raise GbnfToLarkError(pos, "Expected integer")
+        if len(found[0]) > _MAX_DIGITS:
+            raise GbnfToLarkError(pos, f"A number has more than {_MAX_DIGITS} digits")
+        return int(found[0]), Position(pos.text, found.end())
 
     def _parse_literal(self, pos: Position) -> tuple[ASTNode, Position]:
         chars, char, pos = [], "", pos.advance()

@@ -26,8 +26,9 @@ from llguidance.gbnf_to_lark import (
 )
 
 LAST_CHAR = 0x10FFFF
-MAX_STEPS = 200_000
-"""Maximum number of nodes that are looked at, again and again where rules are recursive."""
+MAX_STEPS = 150_000
+"""Maximum number of nodes that are looked at, again and again where rules are recursive, and of
+characters in literals."""
 
 
 class Chars(ASTNode):
@@ -53,9 +54,11 @@ def _escaped(code: int) -> str:
 
 def nodes(node: ASTNode) -> Iterator[ASTNode]:
     """Yield all nodes below one, without those of the rules that they name."""
-    for child in node.children():
+    waiting = node.children()[::-1]
+    while waiting:
+        child = waiting.pop()
         yield child
-        yield from nodes(child)
+        waiting += child.children()[::-1]
 
 
 @dataclass(slots=True)
@@ -114,6 +117,9 @@ class _Grammar:
         self._rules = rules
         self._alphabet = _Alphabet(rules)
         self._num_steps = 0
+        self._known: dict[int, _Facts] = {}
+        self._known_regular: dict[int, bool] = {}
+        self._is_settled = False
         self._users: dict[str, set[str]] = {name: set() for name in rules}
         for name, rule in rules.items():
             for node in nodes(rule):
@@ -169,6 +175,7 @@ class _Grammar:
             if facts != self._facts[name]:
                 self._facts[name] = facts
                 waiting |= dict.fromkeys(self._users[name])
+        self._is_settled = True
 
     def _settle_follow(self, order: Sequence[str]) -> None:
         waiting = dict.fromkeys(order)
@@ -182,10 +189,13 @@ class _Grammar:
 
     def _after(self, node: ASTNode, follow: int) -> Iterator[tuple[str, int]]:
         """Yield the rules that a node names, with the characters that may come after each."""
-        if isinstance(node, RuleRefNode):
-            yield node.name, follow
-        for child, after in self.followed(node, follow):
-            yield from self._after(child, after)
+        waiting = [(node, follow)]
+        while waiting:
+            node, follow = waiting.pop()
+            self._count(1)
+            if isinstance(node, RuleRefNode):
+                yield node.name, follow
+            waiting += self.followed(node, follow)
 
     def followed(self, node: ASTNode, follow: int) -> list[tuple[ASTNode, int]]:
         """Return the children of a node, with the characters that may come after each."""
@@ -203,20 +213,29 @@ class _Grammar:
                 return [(child, follow) for child in node.children()]
 
     def facts(self, node: ASTNode) -> _Facts:
-        """Return what is known of the texts of a node.
+        """Return what is known of the texts of a node. It is found once, or, as long as rules are
+        being settled, once for each time that the node's rule is looked at.
 
         Raises:
             ValueError: too many nodes have been looked at.
         """
-        self._num_steps += 1
-        if self._num_steps > MAX_STEPS:
-            raise ValueError("has too many rules that are recursive, or nested too deeply")
+        found = self._known.get(id(node))
+        if found is None:
+            found = self._found(node)
+            if self._is_settled or isinstance(node, LiteralNode | Chars | RegexNode):
+                self._known[id(node)] = found
+        return found
+
+    def _found(self, node: ASTNode) -> _Facts:
+        self._count(1)
         match node:
             case RuleRefNode(name=name):
                 return self._facts[name]
             case LiteralNode(value=text):
-                bits = [self._alphabet.bits([(ord(char), ord(char))]) for char in text]
-                return _Facts(not text, bits[0] if bits else 0, reduce(or_, bits, 0))
+                self._count(len(text))
+                first = self._alphabet.bits([(ord(char), ord(char)) for char in text[:1]])
+                chars = self._alphabet.bits([(ord(char), ord(char)) for char in set(text)])
+                return _Facts(not text, first, chars)
             case SequenceNode(nodes=children):
                 return _sequence([self.facts(child) for child in children])
             case AlternativeNode(alternatives=children):
@@ -224,13 +243,24 @@ class _Grammar:
             case RepetitionNode(node=child):
                 return _repetition(self.facts(child), node)
             case _:
-                bits_ = self._alphabet.bits(_spans(node))
-                return _Facts(False, bits_, bits_)
+                bits = self._alphabet.bits(_spans(node))
+                return _Facts(False, bits, bits)
+
+    def _count(self, num_steps: int) -> None:
+        self._num_steps += num_steps
+        if self._num_steps > MAX_STEPS:
+            raise ValueError("has too many rules that are recursive, or nested too deeply")
 
     def is_regular(self, node: ASTNode) -> bool:
         """Return whether no part of a node is recursive."""
-        parts = (node, *nodes(node))
-        return all(part.name in self.regular for part in parts if isinstance(part, RuleRefNode))
+        found = self._known_regular.get(id(node))
+        if found is None:
+            if isinstance(node, RuleRefNode):
+                found = node.name in self.regular
+            else:
+                found = all(map(self.is_regular, node.children()))
+            self._known_regular[id(node)] = found
+        return found
 
 
 def _sequence(parts: Sequence[_Facts]) -> _Facts:

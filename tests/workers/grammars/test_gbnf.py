@@ -1,6 +1,7 @@
 """GBNF as Lark: the example grammars of llama.cpp, its characters, and what is refused."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.support.grammar_texts import Texts
 from workers.errors import InvalidRequest
 from workers.grammars import gbnf_terminals
 from workers.grammars.gbnf import MAX_CHARS, gbnf_to_lark, is_gbnf
+from workers.grammars.gbnf_terminals import _Alphabet
 from workers.grammars.grammar import lark_or_gbnf
 
 EXAMPLES = Path(__file__).parents[2] / "golden" / "gbnf"
@@ -84,6 +86,8 @@ def test_characters_and_names(gbnf: str, allowed: list[str], others: list[str]) 
         (r'root ::= "\q"', "is no valid GBNF: Invalid escape sequence"),
         (r'root ::= "\ud800"', "is no valid GBNF: This is no character"),
         ('root ::= "a"{', "is no valid GBNF: Expected integer"),
+        ('root ::= "a"{²}', "is no valid GBNF: Expected integer"),
+        ('root ::= "a"{1,' + "1" * 5000 + "}", "is no valid GBNF: A number has more than 9 digits"),
         ("root ::= other", "has no rule called other"),
         ('other ::= "a"', "has no rule called root"),
         ("root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "is nested too deeply"),
@@ -109,6 +113,32 @@ def test_many_rules_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gbnf_terminals, "MAX_STEPS", len(rules))
     with pytest.raises(ValueError, match="has too many rules"):
         gbnf_to_lark(text)
+
+
+def test_characters_in_nested_parts_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_calls = 0
+    bits = _Alphabet.bits
+
+    def counting(self: _Alphabet, spans: Sequence[tuple[int, int]]) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        return bits(self, spans)
+
+    monkeypatch.setattr(_Alphabet, "bits", counting)
+    for start in ("root ::= ", 'root ::= "x" root | '):
+        for inside in ('"' + "a" * 3000 + '"', '"b" ' * 1000, "[a-b] " * 1000):
+            text = start + "(" * 100 + inside + ' "a")' * 100
+            num_calls = 0
+            monkeypatch.setattr(gbnf_terminals, "MAX_STEPS", 2 * len(text))
+            gbnf_to_lark(text)
+            assert num_calls <= len(text)
+
+
+def test_long_literals_count_as_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gbnf_terminals, "MAX_STEPS", 1000)
+    gbnf_to_lark('root ::= "' + "a" * 900 + '"')
+    with pytest.raises(ValueError, match="has too many rules"):
+        gbnf_to_lark('root ::= "' + "a" * 1001 + '"')
 
 
 @pytest.mark.parametrize("name", ["json", "c", "list"])
