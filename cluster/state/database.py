@@ -101,7 +101,7 @@ class Database:
     async def _transaction(self, *, writes: bool) -> AsyncIterator[AsyncConnection]:
         if not self._is_prepared:
             await self._prepare_again()
-        async with self._translated(), asyncio.timeout(self._timeout_s), self._engine.connect() as connection:
+        async with self._translated(), asyncio.timeout(self._timeout_s), self._connection() as connection:
             # An option is set before the transaction begins, which is what reads it.
             await connection.execution_options(**{_WRITES: writes})
             async with connection.begin():
@@ -127,7 +127,7 @@ class Database:
                 raise
 
     async def _prepare(self) -> None:
-        async with self._translated(), asyncio.timeout(self._timeout_s), self._engine.connect() as connection:
+        async with self._translated(), asyncio.timeout(self._timeout_s), self._connection() as connection:
             await connection.execution_options(**{_WRITES: True})
             async with connection.begin():
                 await connection.run_sync(upgrade)
@@ -153,6 +153,17 @@ class Database:
             raise self._down(_reason(error)) from None
         except SQLAlchemyError as error:
             raise self._down(type(error).__name__) from None
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(self._engine.connect())
+            except (TypeError, ValueError):  # of the driver, which gets the URL's parameters as arguments
+                raise ConfigError(
+                    "state.url has a parameter that the database's driver does not take"
+                ) from None
+            yield connection
 
     def _down(self, reason: str) -> StateUnavailable:
         """Return the error for clients; log the reason, which holds no values of a statement, once
@@ -201,6 +212,8 @@ def _engine(url: str, timeout_s: float) -> AsyncEngine:
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
             return engine
         connect_args = {"timeout": timeout_s, "server_settings": {"application_name": "cantata"}}
+        if (mode := parsed.query.get("sslmode")) is not None:  # libpq's name; the driver's is ssl
+            parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
         return create_async_engine(parsed, pool_pre_ping=True, connect_args=connect_args, **options)
     except (ArgumentError, ValueError, TypeError):
         raise ConfigError("state.url is not a URL of a database that can be used") from None

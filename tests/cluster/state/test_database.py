@@ -176,6 +176,33 @@ def test_a_password_is_in_no_sentence() -> None:
     assert "hidden" not in caught.value.errors(include_input=False)[0]["msg"]
 
 
+@pytest.mark.parametrize("name", ["ssl", "sslmode"])
+async def test_tls_is_asked_for_under_either_name(name: str) -> None:
+    """A server without TLS: what it reads first is the request for TLS, and its answer is no."""
+    asked: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.put_nowait(await reader.readexactly(8))
+        writer.write(b"N")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        stores = await opened(f"postgresql://me:pw@127.0.0.1:{port}/cantata?{name}=require")
+        with pytest.raises(StateUnavailable):
+            await stores.database.check()
+        await stores.database.close()
+    assert (await asyncio.wait_for(asked.get(), 60)).hex() == "0000000804d2162f"  # SSLRequest
+
+
+@pytest.mark.parametrize("query", ["no_such_parameter=1", "ssl=maybe"])
+async def test_a_wrong_parameter_of_the_url_is_told_at_the_start(query: str) -> None:
+    with pytest.raises(ConfigError, match=r"state\.url has a parameter") as caught:
+        await opened(f"postgresql://me:hidden@127.0.0.1:1/cantata?{query}")
+    assert "hidden" not in str(caught.value)
+
+
 async def test_write_ahead_logging_is_on(tmp_path: Path) -> None:
     stores = await opened(f"sqlite:///{tmp_path / 'state.sqlite3'}")
     await stores.database.close()
