@@ -4,7 +4,7 @@ them."""
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 _EXACT = 2**53
 """Bound below which every whole number is exact as a float."""
@@ -27,6 +27,8 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(_NUMBER, value) else value
 
 
+Ignored = Annotated[object, Field(exclude=True)]
+"""Any value, as deep as it likes, which is not written again where a body is."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 """An integer; JSON writes 20 and 20.0 for the same number."""
 Bias = Annotated[

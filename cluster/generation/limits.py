@@ -109,9 +109,19 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
                 f"{fields.name}: there is already a tool with the name {tool.name!r}.", fields.name
             )
         names.add(tool.name)
-        problem = None if tool.parameters is None else schema_problem(tool.parameters)
-        if problem:
-            raise InvalidRequest(f"{fields.parameters} {problem}.", fields.parameters)
+        check_parameters(tool, index)
+
+
+def check_parameters(tool: ToolDefinition, index: int) -> None:
+    """Refuse the tool at this place if the schema of its arguments cannot be shown.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    problem = None if tool.parameters is None else schema_problem(tool.parameters)
+    if problem:
+        param = tool.names(index).parameters
+        raise InvalidRequest(f"{param} {problem}.", param)
 
 
 def check_max_calls(max_calls: int | None, parallel: bool | None) -> None:

@@ -21,7 +21,7 @@ from cluster.frontend.schema import SamplingFields
 from cluster.frontend.schema_formats import JsonObjectFormat
 from cluster.frontend.structure import json_schema_format, one_of, structured, structured_outputs
 from cluster.generation import ChatRequest, FieldNames, Structure
-from cluster.generation.limits import check_reasoning_budget
+from cluster.generation.limits import check_parameters, check_reasoning_budget
 from workers.errors import InvalidRequest
 
 STATE_FIELDS = ("previous_response_id", "conversation", "background")
@@ -126,7 +126,11 @@ def _context(body: ContextFields, num_bytes: int, seals: Seals, num_before: int)
     effort = reasoning_effort(reasoning.effort, "reasoning.effort")
     if reasoning.max_tokens is not None:
         check_reasoning_budget(reasoning.max_tokens, "reasoning.max_tokens")
-    tools = declared_tools(() if body.tool_choice == "none" else body.tools or ())
+    tools = declared_tools(body.tools or ())
+    for index, tool in enumerate(tools.definitions):
+        check_parameters(tool, index)  # the Response object repeats them, also those not used
+    if body.tool_choice == "none":
+        tools = Tools()
     chat = ChatRequest(
         messages=input_messages(body.input, body.instructions, seals, num_before),
         num_bytes=num_bytes,

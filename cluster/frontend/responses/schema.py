@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Discriminator, Field, StrictStr, Tag
 from cluster.frontend.responses.schema_items import Input
 from cluster.frontend.responses.schema_tools import Tool, ToolChoice
 from cluster.frontend.schema import Stop
-from cluster.frontend.schema_base import Bias, Body, Whole
+from cluster.frontend.schema_base import Bias, Body, Ignored, Whole
 from cluster.frontend.schema_formats import JsonObjectFormat, StructuredOutputs, TextFormat
 
 MAX_METADATA = 16
@@ -97,7 +97,7 @@ class ReasoningOptions(Body):
     max_tokens: Whole | None = Field(
         default=None, description="Number of tokens after which reasoning ends and the answer begins."
     )
-    context: object = Field(default=None, description="Ignored.")
+    context: Ignored = Field(default=None, description="Ignored.")
 
 
 class ResponseStreamOptions(Body):
@@ -161,13 +161,13 @@ class CompactRequest(PriorFields):
     """`POST /v1/responses/compact`."""
 
     reasoning: ReasoningOptions | None = None
-    tools: object = Field(default=None, description="Ignored.")
-    parallel_tool_calls: object = Field(default=None, description="Ignored.")
-    text: object = Field(default=None, description="Ignored.")
-    prompt_cache_key: object = Field(default=None, description="Ignored.")
-    prompt_cache_options: object = Field(default=None, description="Ignored.")
-    prompt_cache_retention: object = Field(default=None, description="Ignored.")
-    service_tier: object = Field(default=None, description="Ignored.")
+    tools: Ignored = Field(default=None, description="Ignored.")
+    parallel_tool_calls: Ignored = Field(default=None, description="Ignored.")
+    text: Ignored = Field(default=None, description="Ignored.")
+    prompt_cache_key: Ignored = Field(default=None, description="Ignored.")
+    prompt_cache_options: Ignored = Field(default=None, description="Ignored.")
+    prompt_cache_retention: Ignored = Field(default=None, description="Ignored.")
+    service_tier: Ignored = Field(default=None, description="Ignored.")
 
 
 class ResponsesRequest(ContextFields):
@@ -222,15 +222,15 @@ class ResponsesRequest(ContextFields):
     prompt_cache_key: str | None = Field(
         default=None, description="Returned; prefixes are cached by content."
     )
-    prompt_cache_options: object = Field(default=None, description="Ignored.")
-    prompt_cache_retention: object = Field(default=None, description="Ignored.")
+    prompt_cache_options: Ignored = Field(default=None, description="Ignored.")
+    prompt_cache_retention: Ignored = Field(default=None, description="Ignored.")
     safety_identifier: str | None = Field(default=None, description="Returned as it is.")
     user: str | None = Field(default=None, description="Returned as it is.")
-    client_metadata: object = Field(default=None, description="Ignored.")
-    moderation: object = Field(default=None, description="Ignored.")
-    background_options: object = Field(default=None, description="Ignored.")
-    access_programs: object = Field(default=None, description="Ignored.")
-    image: object = Field(default=None, description="Ignored.")
+    client_metadata: Ignored = Field(default=None, description="Ignored.")
+    moderation: Ignored = Field(default=None, description="Ignored.")
+    background_options: Ignored = Field(default=None, description="Ignored.")
+    access_programs: Ignored = Field(default=None, description="Ignored.")
+    image: Ignored = Field(default=None, description="Ignored.")
     skip_special_tokens: bool | None = Field(
         default=None, description="No effect: special tokens are never part of the answer's text."
     )

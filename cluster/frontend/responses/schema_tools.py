@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from cluster.frontend.responses.schema_items import IGNORED
-from cluster.frontend.schema_base import Body
+from cluster.frontend.schema_base import Body, Ignored
 
 OFFERED = "it offers function, custom and namespace"
 
@@ -16,9 +16,9 @@ class _Tool(Body):
 
     name: str
     description: str | None = None
-    defer_loading: object = Field(default=None, description=IGNORED)
-    allowed_callers: object = Field(default=None, description=IGNORED)
-    async_: object = Field(default=None, alias="async", description=IGNORED)
+    defer_loading: Ignored = Field(default=None, description=IGNORED)
+    allowed_callers: Ignored = Field(default=None, description=IGNORED)
+    async_: Ignored = Field(default=None, alias="async", description=IGNORED)
 
 
 class ResponseFunctionTool(_Tool):
@@ -29,7 +29,7 @@ class ResponseFunctionTool(_Tool):
     strict: bool | None = Field(
         default=None, description="The arguments of its calls are always valid against `parameters`."
     )
-    output_schema: object = Field(default=None, description=IGNORED)
+    output_schema: Ignored = Field(default=None, description=IGNORED)
 
 
 class ResponseTextInput(Body):

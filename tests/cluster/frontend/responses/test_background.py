@@ -113,6 +113,29 @@ async def test_a_response_is_made_without_its_client(stateful: Gateway) -> None:
     assert follow_up.status == "completed"
 
 
+async def test_values_that_are_too_deep_to_be_written_are_refused_or_ignored(stateful: Gateway) -> None:
+    deep: dict[str, Any] = {"type": "object"}
+    for _ in range(300):
+        deep = {"type": "object", "properties": {"a": deep}}
+    function = {"type": "function", "name": "f", "parameters": deep}
+    space = {"type": "namespace", "name": "n", "tools": [function]}
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"tools": [function]}, "tools[0].parameters"),
+        ({"tools": [space]}, "tools[0].tools[0].parameters"),
+        ({"text": {"format": {"type": "json_schema", "name": "s", "schema": deep}}}, "text.format.schema"),
+        ({"structured_outputs": {"json": deep}}, "structured_outputs.json"),
+    ]
+    for fields, param in refused:
+        for mode in ({"tool_choice": "none"}, {"background": True}, {"stream": True, "tool_choice": "none"}):
+            answer = await stateful.http.post(RESPONSES, json={"input": "Hi", **fields, **mode})
+            assert answer.status_code == 400, (param, mode, answer.text)
+            assert answer.json()["error"]["param"] == param
+    tool = {**function, "parameters": None, "output_schema": deep, "defer_loading": deep}
+    ignored = {"client_metadata": deep, "moderation": deep, "reasoning": {"context": deep}, "tools": [tool]}
+    made = await begin(stateful, **ignored)
+    assert (await ended(stateful, made))["status"] == "completed"
+
+
 async def test_its_events_are_the_same_from_any_one_on(stateful: Gateway) -> None:
     live = (await stateful.http.post(RESPONSES, json=BODY | {"stream": True})).text
     events = read_stream(live)
