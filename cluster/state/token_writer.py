@@ -26,10 +26,13 @@ class _Unwritten:
 
     Attributes:
         start: number of its tokens that are written.
+        num_tried: number of the first outputs of which a commit was tried but not confirmed. They
+            are tried again as they were: a reader may have them, and goes on after them.
     """
 
     start: int
     outputs: list[EngineOutput] = field(default_factory=list)
+    num_tried: int = 0
     num_tokens: int = 0
     written: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,8 +107,10 @@ class TokenWriter:
             try:
                 await self._write()
                 pause_s = min(max(_SHORTEST_PAUSE_S, _SHARE * (loop.time() - begin)), _LONGEST_PAUSE_S)
-            except (StateUnavailable, StateFull):
-                self._wake.set()  # they are still there; logged where it was noticed
+            except Exception as error:  # the edge of this task; without the text, which may quote data
+                if not isinstance(error, StateUnavailable | StateFull):  # logged where it was noticed
+                    logger.error("tokens were not stored: %s", type(error).__name__)
+                self._wake.set()  # they are still there
                 await asyncio.sleep(_LONGEST_PAUSE_S)
                 continue
             try:
@@ -116,21 +121,26 @@ class TokenWriter:
 
     async def _write(self) -> None:
         taken = {
-            id: (unwritten, list(unwritten.outputs))
+            id: (unwritten, unwritten.outputs[: unwritten.num_tried or None])
             for id, unwritten in self._responses.items()
             if unwritten.outputs
         }
         if not taken:
             return
+        for unwritten, outputs in taken.values():
+            unwritten.num_tried = len(outputs)
         lost = await self._background.add(
             {id: (unwritten.start, outputs) for id, (unwritten, outputs) in taken.items()}
         )
         for id, (unwritten, outputs) in taken.items():
             num_tokens = sum(len(output.token_ids) for output in outputs)
             del unwritten.outputs[: len(outputs)]
+            unwritten.num_tried = 0
             unwritten.start += num_tokens
             unwritten.num_tokens -= num_tokens
             unwritten.written.set()
+            if unwritten.outputs:
+                self._wake.set()
             if id in lost:
                 self.end(id)
                 self._on_lost(id)

@@ -1,10 +1,13 @@
 """Which copy of the gateway makes a background response, and its tokens, on both databases."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from cluster.state import token_writer
 from cluster.state.background import _TURNS_UNTIL_TAKEN, Background, pack_outputs
+from cluster.state.errors import StateUnavailable
 from cluster.state.responses import ResponseRecord
 from cluster.state.rows import StoredItem
 from cluster.state.sweeper import stored_bytes
@@ -141,3 +144,31 @@ async def test_the_tokens_of_a_response_count_for_the_bound_of_the_state(stores:
         async with stores.database.read() as connection:
             sizes.append(await stored_bytes(connection) - before)
     assert sizes[1] - sizes[0] == len(pack_outputs(outputs)) - len(pack_outputs([EngineOutput(())]))
+
+
+async def test_a_reader_gets_every_token_after_a_commit_that_was_not_confirmed(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = copy_of(stores, "one")
+    await begin(stores, one)
+    writer = token_writer.TokenWriter(one, lambda id: None)
+    writer.begin("a", 0)
+    monkeypatch.setattr(token_writer, "_LONGEST_PAUSE_S", 0.0)
+    add, read = one.add, []
+
+    async def add_unconfirmed(batches: Any) -> Any:
+        await add(batches)
+        read.extend((await one.progress("a", "")).outputs)
+        await writer.keep("a", EngineOutput((2,)))
+        monkeypatch.setattr(one, "add", add)
+        raise StateUnavailable("The commit was not confirmed.")
+
+    monkeypatch.setattr(one, "add", add_unconfirmed)
+    await writer.keep("a", EngineOutput((1,)))
+    writing = asyncio.create_task(writer.run())
+    async with asyncio.timeout(60):
+        await writer.flush("a")
+    writing.cancel()
+    await asyncio.wait([writing])
+    assert read == [EngineOutput((1,))]
+    assert (await one.progress("a", "", after=1)).outputs == (EngineOutput((2,)),)
