@@ -207,7 +207,7 @@ class GatewayReplica:
             self._standing.stop()
             if self._ending is not None:
                 self._ending.cancel()
-            await self._service.close()
+            await self._close_service()
             if self._state is not None:
                 await self._state.close()
 
@@ -244,6 +244,11 @@ class GatewayReplica:
             "this gateway is stopping: requests still running after %g s will end with an error",
             grace_s,
         )
+        await self._close_service()
+
+    async def _close_service(self) -> None:
+        if self._state is not None:
+            await self._state.stop()  # background responses go on elsewhere
         await self._service.close()
 
 

@@ -28,7 +28,6 @@ from cluster.fleet.infos import ReplicaInfos
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
-from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.standalone.supervisor import EngineFailed, EngineProcess, watch_children_without_threads
@@ -117,6 +116,8 @@ async def _serve(config: CantataConfig) -> int:
                 try:
                     await _serve_gateway(config, gateway, info, http_socket, stop, engines)
                 finally:
+                    if state is not None:
+                        await state.stop()
                     await gateway.service.close()
         except EngineFailed as error:
             if not error.explained:
@@ -187,7 +188,7 @@ async def _serve_gateway(
     logger.info(
         "stopping: running requests have %.0f s to finish; a second signal stops immediately", drain_s
     )
-    await _drain(http_server, serving, grpc_server, service, stop, drain_s)
+    await _drain(http_server, serving, grpc_server, gateway, stop, drain_s)
     if not stop.asked.is_set() and all(engine.given_up.is_set() for engine in engines):
         raise EngineFailed(engines[0].failure)
 
@@ -201,7 +202,7 @@ async def _drain(
     http_server: uvicorn.Server,
     serving: "asyncio.Task[None]",
     grpc_server: GrpcServer,
-    service: GenerationService,
+    gateway: Gateway,
     stop: StopSignals,
     drain_s: float,
 ) -> None:
@@ -210,7 +211,9 @@ async def _drain(
     hurried = asyncio.create_task(_hurry(http_server, grpc_server, stop))
     _, left = await asyncio.wait([serving, stopping], timeout=drain_s)
     if left:
-        await service.close()
+        if gateway.state is not None:
+            await gateway.state.stop()
+        await gateway.service.close()
         await asyncio.wait(left)
     hurried.cancel()
     serving.result()

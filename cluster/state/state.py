@@ -44,6 +44,7 @@ class State:
         self.background = Background(database, self.responses, uuid.uuid4().hex)
         self._loop = asyncio.get_running_loop()
         self._worker: Worker | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._tasks = [asyncio.create_task(Sweeper(database, settings, self.continuity).run())]
 
     def employ(self, worker: "Worker") -> None:
@@ -55,8 +56,21 @@ class State:
 
         self._loop.call_soon_threadsafe(begin)
 
+    async def stop(self) -> None:
+        """Stop the work, and give up the responses that are being made, so that other copies go on
+        with them. Called before what makes them is closed, since they would fail then. Harmless
+        when called again."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        # Shielded: what waits for it may be cancelled, and is called again.
+        await asyncio.shield(self._stopping)
+
     async def close(self) -> None:
         """Stop the work and close the connections."""
+        await self.stop()
+        await self.database.close()
+
+    async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -64,7 +78,6 @@ class State:
             await self._worker.close()
             with contextlib.suppress(StateUnavailable, StateFull):
                 await self.background.release()
-        await self.database.close()
 
 
 async def open_state(place: Location, settings: StateConfig) -> State | None:

@@ -21,9 +21,18 @@ class Standing:
 class Service:
     def __init__(self) -> None:
         self.closed = asyncio.Event()
+        self.state = State()
 
     async def close(self) -> None:
+        assert self.state.is_stopped, "background responses fail"
         self.closed.set()
+
+
+class State:
+    is_stopped = False
+
+    async def stop(self) -> None:
+        self.is_stopped = True
 
 
 class Config:
@@ -38,6 +47,7 @@ class Gateway(gateway.GatewayReplica):
 def replica(standing: Standing) -> Any:
     made: Any = object.__new__(Gateway)
     made._config, made._service, made._standing, made._ending = Config(), Service(), standing, None
+    made._state = made._service.state
     return made
 
 

@@ -2,13 +2,13 @@
 the servers cut connections."""
 
 import asyncio
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 
+from cluster.assembly import Gateway
 from cluster.config import load_config
 from cluster.frontend.grpc_api import GrpcServer
-from cluster.generation import GenerationService
 from cluster.standalone import serve as standalone
 from cluster.ways_of_serving import check_standalone
 
@@ -18,9 +18,21 @@ DRAIN_S = 0.05
 class Service:
     def __init__(self) -> None:
         self.closed = asyncio.Event()
+        self.state = State(self)
 
     async def close(self) -> None:
+        assert self.state.is_stopped, "background responses fail"
         self.closed.set()
+
+
+class State:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.is_stopped = False
+
+    async def stop(self) -> None:
+        assert not self.service.closed.is_set()
+        self.is_stopped = True
 
 
 class Grpc:
@@ -34,6 +46,8 @@ class Http:
 
 async def test_requests_left_after_the_grace_period_are_ended_by_the_service() -> None:
     service = Service()
+    parts: Any = (service, None, service.state)
+    gateway = Gateway(*parts)
 
     async def serve() -> None:
         await service.closed.wait()
@@ -43,7 +57,7 @@ async def test_requests_left_after_the_grace_period_are_ended_by_the_service() -
             cast(uvicorn.Server, Http()),
             asyncio.create_task(serve()),
             cast(GrpcServer, Grpc()),
-            cast(GenerationService, service),
+            gateway,
             standalone.StopSignals(),
             DRAIN_S,
         )
