@@ -24,6 +24,8 @@ class CantataError(Exception):
     at once."""
     param: str | None = None
     """The field that is wrong, in the client's own spelling."""
+    num_deaths: int = 0
+    """Number of engines that died under the request before this error, as the router counts."""
 
     def __init__(self, message: str) -> None:
         if len(message) > _MAX_MESSAGE_CHARS:

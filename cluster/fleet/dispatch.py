@@ -203,6 +203,7 @@ class _Tries:
         elif isinstance(error, Overloaded):
             self._full |= {replica.key}
             self._retry_after_s = error.retry_after_s
+        error.num_deaths = self._num_deaths
         self.excluded |= {replica.key}
         if self.refusal is None or not too_long:
             self.refusal = error

@@ -1,5 +1,6 @@
 """The transport-neutral service under both APIs: requests in, events out."""
 
+from cluster.fleet.dispatch import MAX_ENGINE_DEATHS
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import (
     ChatRequest,
@@ -16,6 +17,7 @@ from cluster.generation.settings import Capacity, ChatDefaults, ModelInfo, Serve
 from cluster.generation.turn import Journal
 
 __all__ = [
+    "MAX_ENGINE_DEATHS",
     "Capacity",
     "ChatDefaults",
     "ChatRequest",

@@ -57,11 +57,7 @@ class GenerationService:
             CantataError: the request is wrong, or cannot be served now.
         """
         arrived = time.monotonic()
-        self.served.check(request.model)
-        check_sampling(request.sampling, self.served.info, request.names)
-        check_stop(request.stop, request.names.stop)
-        check_options(request.options)
-        check_promises(request)
+        self.check_chat(request)
         with self._admission.admit(request.sampling.n) as ticket:
             bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=True)
             prompt = tuple(await self.prompts.chat(request))
@@ -76,6 +72,18 @@ class GenerationService:
                 jobs = [journal.resumed(job) for job in jobs]
             asked = next(promises(request), None) or (request.harmony_constraint and "harmony_constraint")
             return await self._begin(id, (prompt,), jobs, arrived, ticket, asked)
+
+    def check_chat(self, request: ChatRequest) -> None:
+        """Check what can be said of a chat without its prompt.
+
+        Raises:
+            CantataError: the request is wrong.
+        """
+        self.served.check(request.model)
+        check_sampling(request.sampling, self.served.info, request.names)
+        check_stop(request.stop, request.names.stop)
+        check_options(request.options)
+        check_promises(request)
 
     async def complete(self, request: CompletionRequest, request_id: str | None = None) -> Generation:
         """Begin completions of one or more prompts; see `chat`."""

@@ -84,8 +84,8 @@ class Background:
         )
         self._seen: dict[str, tuple[int, int]] = {}  # count, and how often it was seen
 
-    async def begin(self, record: ResponseRecord) -> None:
-        """Store a response that this copy is going to make.
+    async def begin(self, record: ResponseRecord) -> Progress:
+        """Store a response that this copy is going to make; return its progress, which is none.
 
         Raises:
             ItemTooLarge: an item is too large.
@@ -96,6 +96,18 @@ class Background:
             await insert_response(
                 connection, record, rows, "queued", expires_at, lease_holder=self._holder, lease_count=0
             )
+        stored = StoredResponse(
+            record.id,
+            record.owner,
+            record.created_at,
+            "queued",
+            record.request,
+            None,
+            record.previous_response_id,
+            record.conversation_id,
+            record.conversation_position,
+        )
+        return Progress(stored, (), 0)
 
     async def progress(self, id: str, owner: str, after: int = 0) -> Progress:
         """Return what is stored of a response.

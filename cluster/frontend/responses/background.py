@@ -18,7 +18,7 @@ from cluster.frontend.responses.request import Asked, asked_response
 from cluster.frontend.responses.schema import ResponsesRequest
 from cluster.frontend.responses.schema_items import Item
 from cluster.frontend.responses.views import Json, unix_s
-from cluster.generation import Journal
+from cluster.generation import MAX_ENGINE_DEATHS, Journal
 from cluster.state import responses as stored
 from cluster.state.background import MAX_ATTEMPTS, Background, Progress
 from cluster.state.conversations import StoredTurns
@@ -26,7 +26,7 @@ from cluster.state.errors import StateFull, StateUnavailable
 from cluster.state.rows import StoredItem
 from cluster.state.state import State
 from cluster.state.token_writer import TokenWriter
-from workers.errors import CantataError, Overloaded
+from workers.errors import CantataError, NoReplica, Overloaded
 from workers.request import EngineOutput, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -53,12 +53,14 @@ class _Run:
     Attributes:
         events: hold what has been made so far.
         is_cancelled: by a client; else a task that is cancelled leaves its response to others.
+        is_ending: its end is being stored, which no client can cancel.
     """
 
     progress: Progress
     events: ResponseEvents
     task: "asyncio.Task[None] | None" = None
     is_cancelled: bool = False
+    is_ending: bool = False
 
 
 class BackgroundRuns:
@@ -69,16 +71,22 @@ class BackgroundRuns:
         self._state = state
         self.background: Background = state.background
         self._runs: dict[str, _Run] = {}
+        self._is_closed = False
         self.writer = TokenWriter(state.background, self._stop)
 
     async def begin(self, asked: Asked, prior: Prior, given: ResponsesRequest, owner: str) -> Json:
         """Store a response and begin to make it; return the Response object.
 
         Raises:
+            CantataError: the request is wrong.
             Overloaded: too many are running.
+            NoReplica: this gateway is stopping.
             ItemTooLarge: an item of the input is too large.
             StateUnavailable: the database does not answer.
         """
+        self._api.service.check_chat(asked.chat)
+        if self._is_closed:
+            raise NoReplica("This gateway is stopping; retry.")
         if len(self._runs) >= MAX_RUNNING:
             raise Overloaded("The server is at capacity for background responses; retry later.", 5.0)
         record = stored.ResponseRecord(
@@ -91,9 +99,9 @@ class BackgroundRuns:
             conversation_id=prior.conversation_id,
             conversation_position=prior.conversation_position,
         )
-        await self.background.begin(record)
-        begun = await self.background.progress(record.id, owner)
-        self._start(begun)
+        begun = await self.background.begin(record)
+        if not self._is_closed:  # else another gateway takes it over
+            self._start(begun)
         return asked.record.response("queued")
 
     async def cancel(self, id: str, owner: str) -> None:
@@ -104,7 +112,7 @@ class BackgroundRuns:
             NotStored: there is none.
         """
         await self.background.ask_to_cancel(id, owner)
-        self._stop(id, is_cancelled=True)
+        self._cancel(id)
         for _ in range(int(_CANCEL_S / _CANCEL_POLL_S)):
             if (await self._state.responses.get(id, owner)).status not in stored.UNFINISHED:
                 return
@@ -119,9 +127,11 @@ class BackgroundRuns:
 
     async def close(self) -> None:
         """Stop all responses that are being made; they can be taken over."""
+        self._is_closed = True
         tasks = [run.task for run in self._runs.values() if run.task is not None]
-        for task in tasks:
-            task.cancel()
+        for id, run in self._runs.items():
+            run.is_cancelled = False  # the end would wait for tokens that are not written any more
+            self._stop(id)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _turns(self) -> None:
@@ -131,16 +141,32 @@ class BackgroundRuns:
                 turn = await self.background.turn(list(self._runs))
             except (StateUnavailable, StateFull):  # logged where it was noticed
                 continue
-            for id in turn.lost | turn.cancelled:
-                self._stop(id, is_cancelled=id in turn.cancelled)
+            except Exception as error:  # the edge of this task; without the text, which may quote data
+                _log.error("background responses were not looked after: %s", type(error).__name__)
+                continue
+            for id in turn.lost:
+                self._stop(id)
+            for id in turn.cancelled:
+                self._cancel(id)
             for progress in turn.taken:
-                _log.info("response %s is taken over", progress.stored.id)
-                self._start(progress)
+                id = progress.stored.id
+                try:
+                    self._start(progress)
+                    _log.info("response %s is taken over", id)
+                except Exception as error:  # of another version, whose gateways may be able to read it
+                    _log.error("response %s cannot be taken over: %s", id, type(error).__name__)
 
-    def _stop(self, id: str, *, is_cancelled: bool = False) -> None:
+    def _cancel(self, id: str) -> None:
+        """End a response for a client, unless it is ending."""
+        run = self._runs.get(id)
+        if run is not None and not run.is_cancelled and not run.is_ending:
+            run.is_cancelled = True
+            self._stop(id)
+
+    def _stop(self, id: str) -> None:
+        """Stop making a response, at once."""
         run = self._runs.get(id)
         if run is not None and run.task is not None:
-            run.is_cancelled |= is_cancelled
             run.task.cancel()
 
     def _start(self, progress: Progress) -> None:
@@ -168,25 +194,36 @@ class BackgroundRuns:
             run.events.cancel()
         except Exception as error:  # the edge of this task
             run.events.fail(as_cantata_error(error, id))
+        run.is_ending = True
         await self.writer.flush(id)
         assert run.events.response is not None
         await self._finish(id, run.events.response)
 
     async def _generate_with_patience(self, run: "_Run") -> None:
-        """Generate a response; wait and go on while no engine has room or lives."""
+        """Generate a response; wait and go on while no engine has room or lives, or the database
+        does not answer, without which no end can be stored either."""
         id, owner = run.progress.stored.id, run.progress.stored.owner
         self.writer.begin(id, sum(len(output.token_ids) for output in run.progress.outputs))
-        for attempt in range(_MAX_WAITS):
+        num_waits = num_deaths = 0
+        is_again = False
+        while True:
             try:
+                if is_again:
+                    run.progress = await self.background.progress(id, owner)
+                    run.events = self._events(run.progress)
                 await self._generate(run)
                 return
+            except (StateUnavailable, StateFull):
+                wait_s = TURN_S
             except CantataError as error:
-                if not error.retry_elsewhere or attempt == _MAX_WAITS - 1:
+                num_waits += 1
+                num_deaths += error.num_deaths
+                if not error.retry_elsewhere or num_waits == _MAX_WAITS or num_deaths >= MAX_ENGINE_DEATHS:
                     raise
+                wait_s = min(2.0 ** (num_waits - 1), _LONGEST_WAIT_S)
+            is_again = True
             await self.writer.flush(id)
-            await asyncio.sleep(min(2.0**attempt, _LONGEST_WAIT_S))
-            run.progress = await self.background.progress(id, owner)
-            run.events = self._events(run.progress)
+            await asyncio.sleep(wait_s)
 
     async def _generate(self, run: "_Run") -> None:
         id, events = run.progress.stored.id, run.events

@@ -2,17 +2,22 @@
 over from a gateway that has ended."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from cluster.fleet.dispatch import MAX_ENGINE_DEATHS
 from cluster.frontend.responses import background as background_module
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.state.errors import StateUnavailable
+from cluster.state.responses import ResponseRecord
 from cluster.state.settings import StateConfig, location
 from cluster.state.state import State, open_state
+from cluster.state.tables import responses
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
 from tests.support.response_events import read_stream
@@ -261,3 +266,152 @@ async def test_another_gateway_goes_on_when_one_ends(
         assert [event["type"] for event in events] == [event["type"] for event in whole]
         assert [event.get("delta") for event in events] == [event.get("delta") for event in whole]
         await second.close()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.02)
+
+
+def fails_twice(method: Any, failure: Exception | None = None) -> Any:
+    """Return a method of the state that cannot be used the first two times."""
+    failures = [failure or StateUnavailable("It is down.") for _ in range(2)]
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await method(*args, **kwargs)
+
+    return call
+
+
+async def test_the_background_outlives_what_it_cannot_read(
+    stateful: Gateway, state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given_up = ResponseRecord("resp_future", "", 1_800_000_000, {"version": 9}, ())
+    await state.background.begin(given_up)
+    async with state.database.write() as connection:
+        await connection.execute(update(responses).values(lease_holder=None))
+    monkeypatch.setattr(state.background, "turn", fails_twice(state.background.turn, ValueError("secret")))
+    monkeypatch.setattr(state.background, "add", fails_twice(state.background.add, ValueError("secret")))
+    await until(lambda: "resp_future cannot be taken over: KeyError" in caplog.text)
+    assert (await ended(stateful, await begin(stateful)))["status"] == "completed"
+    assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_cancelling_again_while_it_ends(
+    stateful: Gateway, engine: FakeEngine, ids: list[int], state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, held, store = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    engine.answer = lambda request: Script(ids, gate=gate, gate_after=30)
+    id = await begin(stateful)
+    await written(state, id)
+    finish = state.background.finish
+
+    stored: list[str] = []
+
+    async def finish_late(*args: Any) -> bool:
+        stored.append(args[1])
+        held.set()
+        await store.wait()
+        return await finish(*args)
+
+    monkeypatch.setattr(state.background, "finish", finish_late)
+    cancelling = [asyncio.create_task(stateful.http.post(f"{RESPONSES}/{id}/cancel"))]
+    async with asyncio.timeout(60):
+        await held.wait()
+        cancelling.append(asyncio.create_task(stateful.http.post(f"{RESPONSES}/{id}/cancel")))
+        turns = [0]
+        turn_of = state.background.turn
+
+        async def count(own: Any) -> Any:
+            made = await turn_of(own)
+            turns[0] += id in made.cancelled
+            return made
+
+        monkeypatch.setattr(state.background, "turn", count)
+        await until(lambda: turns[0] >= 2)
+        store.set()
+        for answer in cancelling:
+            assert (await answer).json()["status"] == "cancelled"
+    assert stored == ["cancelled"]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_gateway_that_is_stopped_gives_its_responses_up(
+    encoding: HarmonyEncoding, engine: FakeEngine, ids: list[int], tmp_path: Path, is_cancelled: bool
+) -> None:
+    """In the order of the servers: the work, the service, the state."""
+    gate = asyncio.Event()
+    engine.answer = lambda request: Script(ids, gate=gate, gate_after=40)
+    first = await new_state(tmp_path)
+    async with AsyncExitStack() as stack, asyncio.timeout(60):
+        one = await stack.enter_async_context(serving(encoding, [engine], state=first))
+        id = await begin(one)
+        await written(first, id)
+        worker: Any = first._worker
+        if is_cancelled:  # at the same moment
+            await first.background.ask_to_cancel(id, "")
+            worker._cancel(id)
+            await worker.close()
+        await first.stop()
+        refused = await one.http.post(RESPONSES, json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_replica")
+        await one.service.close()
+        assert (await first.responses.get(id, "")).status == "in_progress"
+        await first.close()
+        engine.answer = lambda request: Script(ids[len(request.output_token_ids) :])
+        second = await new_state(tmp_path)
+        two = await stack.enter_async_context(serving(encoding, [engine], state=second))
+        status = (await ended(two, id))["status"]
+        assert status in (("cancelled", "completed") if is_cancelled else ("completed",))
+        await second.close()
+
+
+async def test_a_request_under_which_engines_die_is_given_up(
+    stateful: Gateway, engine: FakeEngine, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = EngineDead("It died.")
+    engine.answer = lambda request: Script(ids[len(request.output_token_ids) :], break_after=5, failure=dead)
+    monkeypatch.setattr(background_module, "_LONGEST_WAIT_S", 0.01)
+    found = await ended(stateful, await begin(stateful))
+    assert found["status"] == "failed"
+    assert len(engine.requests) == MAX_ENGINE_DEATHS
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "x"}, 404, "model"),
+        ({"temperature": 9}, 400, "temperature"),
+        ({"stop": [""]}, 400, "stop[0]"),
+    ],
+)
+async def test_a_wrong_request_is_refused_at_once(
+    stateful: Gateway, fields: dict[str, Any], status: int, param: str
+) -> None:
+    answer = await stateful.http.post(RESPONSES, json=BODY | fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+async def test_it_waits_for_a_database_that_does_not_answer(
+    stateful: Gateway, engine: FakeEngine, ids: list[int], state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [EngineDead("It died.")]
+
+    def answer(request: Any) -> Script:
+        rest = ids[len(request.output_token_ids) :]
+        return Script(rest, break_after=15, failure=failures.pop()) if failures else Script(rest)
+
+    engine.answer = answer
+    monkeypatch.setattr(background_module, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(state.responses, "inputs", fails_twice(state.responses.inputs))
+    # Also the first look at it after it has begun, which its client does not need.
+    monkeypatch.setattr(state.background, "progress", fails_twice(state.background.progress))
+    found = await ended(stateful, await begin(stateful))
+    assert found["status"] == "completed"
+    assert found["output"][-1]["content"][0]["text"].endswith("word59")
