@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import orjson
@@ -31,6 +32,8 @@ from workers.errors import ContextLengthExceeded, InvalidRequest
 _KIND = "Conversation"
 MAX_HISTORY_BYTES = 64 * 2**20
 """Maximum size of the items that are read at once to continue from them."""
+MAX_PAGE_BYTES = 32 * 2**20
+"""Maximum size of the items of a page, if they are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +302,8 @@ class Conversations:
 
 
 async def read_page(connection: AsyncConnection, rows: Select[Any], columns: Any, query: PageQuery) -> Page:
-    """Return a page of rows with an item's body and tokens.
+    """Return a page of rows with an item's body and tokens. It ends before its items have more than
+    MAX_PAGE_BYTES, but has one item at least.
 
     Args:
         columns: of their table, with `id` and `position`.
@@ -319,9 +323,14 @@ async def read_page(connection: AsyncConnection, rows: Select[Any], columns: Any
             raise InvalidRequest(f"after is '{query.after[:100]}', which is no item of this list.", "after")
         rows = rows.where(columns.position < place if query.newest_first else columns.position > place)
     order = columns.position.desc() if query.newest_first else columns.position.asc()
-    found = await connection.execute(rows.order_by(order).limit(query.limit + 1))
-    items = tuple(stored_item(body, tokens) for body, tokens in found)
-    return Page(items[: query.limit], len(items) > query.limit)
+    size = func.length(columns.body) + func.coalesce(func.length(columns.tokens), 0)
+    sizes = (  # before the items are read: some of them may be as many bytes as memory has
+        await connection.execute(rows.with_only_columns(size).order_by(order).limit(query.limit + 1))
+    ).scalars()
+    ends = list(accumulate(sizes))
+    count = max(1, sum(end <= MAX_PAGE_BYTES for end in ends[: query.limit]))
+    found = await connection.execute(rows.order_by(order).limit(count))
+    return Page(tuple(stored_item(body, tokens) for body, tokens in found), len(ends) > count)
 
 
 async def delete_conversations(connection: AsyncConnection, ids: Sequence[str]) -> None:

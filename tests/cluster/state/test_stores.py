@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from cluster.state import conversations
 from cluster.state.errors import ItemTooLarge, NotStored
 from cluster.state.owners import owner_of
 from cluster.state.responses import ResponseRecord
@@ -111,6 +112,24 @@ async def test_pages_of_items(stores: Stores) -> None:
         with pytest.raises(InvalidRequest, match=r"no item of this list") as caught:
             await page(after=wrong)
         assert caught.value.param == "after"
+
+
+async def test_a_page_has_a_size(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the first three items fit into a page; the last two are too large for any."""
+    monkeypatch.setattr(conversations, "MAX_PAGE_BYTES", 700)
+    texts = ("x" * 250, "x" * 250, "x" * 250, "x" * 1000, "x" * 1000)
+    items = [item(f"i{index}", text) for index, text in enumerate(texts)]
+    await put(stores, "a", inputs=tuple(items))
+    await stores.conversations.create("conv_1", ME, {}, items)
+    for read in (
+        lambda query: stores.responses.input_items("a", ME, query),
+        lambda query: stores.conversations.items("conv_1", ME, query),
+    ):
+        pages, after = [], None
+        while not pages or pages[-1].has_more:
+            pages.append(await read(PageQuery(100, after, newest_first=False)))
+            after = pages[-1].items[-1].id
+        assert [ids(page.items) for page in pages] == [["i0", "i1"], ["i2"], ["i3"], ["i4"]]
 
 
 async def test_a_response_of_a_conversation_extends_it_and_can_be_continued(stores: Stores) -> None:
