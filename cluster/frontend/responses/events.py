@@ -176,6 +176,8 @@ class ResponseEvents:
         if self._item is not None:
             output = [*output, self._item.body("incomplete", self._seal)]
         self.response = self._record.response("failed", output, error=failure(error))
+        if not self.response.get("background"):
+            self.response["store"] = False  # stored are answers, and what is of the background
         return [*events, self._event("response.failed", {"response": self.response})]
 
     def cancel(self) -> Json:

@@ -19,6 +19,7 @@ from cluster.state.state import State, open_state
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
 from tests.support.response_events import read_stream
+from workers.errors import EngineDead
 
 MODEL = "gpt-oss-test"
 RESPONSES = "/v1/responses"
@@ -151,6 +152,29 @@ async def test_a_stream_is_stored_before_its_last_event(
     text = (await stateful.http.post(RESPONSES, json={"input": "Hi", "stream": True})).text
     last = read_stream(text)[-1]
     assert (last["type"], last["response"]["store"]) == ("response.completed", False)
+
+
+async def test_a_response_that_fails_is_not_stored_and_says_so(
+    stateful: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    ids = turn(encoding, text="Hello there.")
+    engine.answer = lambda request: Script(ids, break_after=6, failure=EngineDead("The engine died."))
+    text = (await stateful.http.post(RESPONSES, json={"input": "Hi", "stream": True})).text
+    last = read_stream(text)[-1]
+    assert (last["type"], last["response"]["store"]) == ("response.failed", False)
+    await refusal(stateful, 404, "GET", f"{RESPONSES}/{last['response']['id']}")
+
+
+async def test_without_store_a_conversation_is_read_and_not_extended(
+    stateful: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    items = [{"role": "user", "content": "I am Ada."}]
+    made = (await stateful.http.post("/v1/conversations", json={"items": items})).json()
+    body = {"input": "Who am I?", "conversation": made["id"], "store": False}
+    assert (await stateful.http.post(RESPONSES, json=body)).json()["store"] is False
+    assert "I am Ada." in prompt(engine, encoding)
+    page = await stateful.http.get(f"/v1/conversations/{made['id']}/items")
+    assert len(page.json()["data"]) == 1
 
 
 async def test_references_to_items(stateful: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
