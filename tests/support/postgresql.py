@@ -46,6 +46,11 @@ class PostgreSQL:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start the server; it ends with the calling thread."""
         options = [
             word
             for option in (*_OPTIONS, f"unix_socket_directories={self._folder}")
@@ -55,6 +60,9 @@ class PostgreSQL:
         self._process = subprocess.Popen(
             [*_as_user(), *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+
+    def wait(self) -> None:
+        """Wait until the server answers."""
         until(self._answers, timeout_s=60)
 
     def stop(self) -> None:
@@ -123,6 +131,6 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 def _as_user() -> list[str]:
     """Return the beginning of a command that is to run as an unprivileged user, and to end with
-    this process."""
+    the thread that starts it."""
     setpriv = ["setpriv", "--pdeathsig", "KILL"]
     return [*setpriv, "--reuid", _USER, "--regid", _USER, "--clear-groups"] if os.geteuid() == 0 else setpriv

@@ -15,7 +15,6 @@ import orjson
 
 from workers.errors import InvalidRequest
 from workers.grammars.annotations import may_have_annotations, without_annotations
-from workers.grammars.gbnf import gbnf_to_lark, is_gbnf
 from workers.grammars.reduced import reduced
 
 MAX_GRAMMAR_BYTES = 2**20
@@ -151,6 +150,9 @@ def lark_or_gbnf(text: object, param: str) -> Grammar:
         InvalidRequest: as `lark`, or it is no GBNF.
     """
     text = _checked_text(text, param)
+    # Imports llguidance, which no other request needs here.
+    from workers.grammars.gbnf import gbnf_to_lark, is_gbnf
+
     if not is_gbnf(text):
         return lark(text, param)
     try:

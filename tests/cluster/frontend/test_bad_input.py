@@ -526,12 +526,6 @@ async def test_unknown_models_routes_and_methods(gateway: Gateway) -> None:
         ("GET", "/models", "Invalid URL (GET /models): the API is under /v1, use /v1/models."),
         ("POST", "/v1/tokenize", "Invalid URL (POST /v1/tokenize): use /tokenize."),
         ("GET", "/health/", "Invalid URL (GET /health/): use /health."),
-        (
-            "POST",
-            "/v1/responses",
-            "Invalid URL (POST /v1/responses): the Responses API is not offered yet; "
-            "use POST /v1/chat/completions.",
-        ),
         ("GET", f"/{'x' * 500}", f"Invalid URL (GET /{'x' * 99})."),
     ],
 )

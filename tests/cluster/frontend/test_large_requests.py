@@ -129,7 +129,7 @@ async def test_what_fits_is_never_refused_by_its_characters(
 
 async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, begun = threading.Event(), threading.Event()
-    render = Prompts._render
+    render = Prompts._fitting
 
     def slow(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         if any(len(message.content) > LARGE_CHARS for message in request.messages):
@@ -137,7 +137,7 @@ async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch:
             gate.wait(LIMIT_S)
         return render(self, request, begins_answer)
 
-    monkeypatch.setattr(Prompts, "_render", slow)
+    monkeypatch.setattr(Prompts, "_fitting", slow)
     large = {"messages": [USER, {"role": "assistant", "content": "x", "reasoning": LONG}, USER]}
     waiting = [asyncio.create_task(post(gateway, large)) for _ in range(4)]
     try:
@@ -157,7 +157,7 @@ async def test_many_messages_are_read_and_rendered_beside_the_loop(
 ) -> None:
     """The event loop stays free however little text the messages have."""
     seen: dict[str, threading.Thread] = {}
-    convert, render = chat.chat_messages, Prompts._render
+    convert, render = chat.chat_messages, Prompts._fitting
 
     def spied_convert(messages: Any) -> Any:
         seen["convert"] = threading.current_thread()
@@ -168,7 +168,7 @@ async def test_many_messages_are_read_and_rendered_beside_the_loop(
         return render(self, request, begins_answer)
 
     monkeypatch.setattr(chat, "chat_messages", spied_convert)
-    monkeypatch.setattr(Prompts, "_render", spied_render)
+    monkeypatch.setattr(Prompts, "_fitting", spied_render)
     gateway.service.served.info = replace(gateway.service.served.info, max_model_len=10**6)
     await post(gateway, {"messages": [{"role": "user", "content": ""}] * 5000})
     assert set(seen) == {"convert", "render"}
@@ -195,13 +195,13 @@ async def test_each_long_text_is_rendered_beside_the_loop(
         "schema": tool(parameters={"type": "object", "description": text}),
     }
     seen: list[threading.Thread] = []
-    render = Prompts._render
+    render = Prompts._fitting
 
     def spied(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         seen.append(threading.current_thread())
         return render(self, request, begins_answer)
 
-    monkeypatch.setattr(Prompts, "_render", spied)
+    monkeypatch.setattr(Prompts, "_fitting", spied)
     gateway.service.served.info = replace(gateway.service.served.info, max_model_len=10**6)
     content: dict[str, Any] = {"messages": chats.get(where, [USER])}
     if where in tools:
@@ -348,13 +348,13 @@ async def test_a_long_schema_over_grpc_is_rendered_beside_the_loop(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[threading.Thread] = []
-    render = Prompts._render
+    render = Prompts._fitting
 
     def spied(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         threads.append(threading.current_thread())
         return render(self, request, begins_answer)
 
-    monkeypatch.setattr(Prompts, "_render", spied)
+    monkeypatch.setattr(Prompts, "_fitting", spied)
     request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
     request.tools[0].parameters.update({"type": "object", "$comment": "x" * (INLINE_CHARS + 1)})
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:

@@ -28,7 +28,9 @@ async def test_pages_may_call_it_and_unknown_fields_are_refused(tmp_path: Path) 
     try:
         async with serving(make_encoding(tmp_path), [engine]) as gateway:
             config = SimpleNamespace(gateway=GatewayConfig(cors_origins=(PAGE,), unknown_fields="refuse"))
-            parts = SimpleNamespace(_service=gateway.service, _status=gateway.status, _config=config)
+            parts = SimpleNamespace(
+                _service=gateway.service, _status=gateway.status, _config=config, _state=None
+            )
             app = GatewayReplica.__serve_build_asgi_app__(cast("Any", parts))
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://serve") as http:

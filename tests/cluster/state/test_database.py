@@ -72,13 +72,15 @@ async def test_a_server_that_is_down_is_a_503_until_it_is_back(
         stores = await opened(postgres.url)  # starts all the same
         with pytest.raises(StateUnavailable):
             await stores.conversations.get("conv_1", "")
-        await asyncio.to_thread(postgres.start)
+        postgres.launch()
+        await asyncio.to_thread(postgres.wait)
         await stores.conversations.create("conv_1", "", {})
         await asyncio.to_thread(postgres.stop)
         with pytest.raises(StateUnavailable):
             await stores.conversations.get("conv_1", "")
     finally:
-        await asyncio.to_thread(postgres.start)
+        postgres.launch()
+        await asyncio.to_thread(postgres.wait)
     assert (await stores.conversations.get("conv_1", "")).id == "conv_1"
     await stores.database.close()
 
