@@ -19,6 +19,7 @@ from cluster.frontend.errors import BodyTooLarge, RequestTimeout, UnsupportedMed
 from cluster.frontend.unknown_fields import ignored_fields
 from cluster.generation.limits import MAX_CUT_CONTEXTS, check_num_messages
 from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
+from workers.grammars.grammar import may_have_gbnf
 
 Model = TypeVar("Model", bound=BaseModel)
 Asked = TypeVar("Asked")
@@ -83,9 +84,10 @@ async def read(
     max_items: int,
     convert: Callable[[Model, int], Asked],
 ) -> tuple[Model, Asked]:
-    """Return the body as `kind` and the result of `convert` on it and its size in bytes. Large ones
-    are decoded, checked and converted in a thread, so that other requests go on. The names of
-    ignored fields are put into `request.state.ignored_fields`, for the edge to show.
+    """Return the body as `kind` and the result of `convert` on it and its size in bytes. Large
+    ones, and those with GBNF, are decoded, checked and converted in a thread, so that other
+    requests go on. The names of ignored fields are put into `request.state.ignored_fields`, for the
+    edge to show.
 
     Args:
         max_items: maximum number of entries of an array: the context's tokens, since an entry of a
@@ -115,7 +117,9 @@ async def read(
         body, request.state.ignored_fields = _checked(value, kind, limits)
         return body, convert(body, len(data))
 
-    return parse() if len(data) <= _INLINE_BYTES else await asyncio.to_thread(parse)
+    if len(data) <= _INLINE_BYTES and not may_have_gbnf(data):
+        return parse()
+    return await asyncio.to_thread(parse)
 
 
 def parsed_frame(

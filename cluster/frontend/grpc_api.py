@@ -23,6 +23,7 @@ from cluster.generation.limits import check_num_messages
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from workers.errors import CantataError
+from workers.grammars.grammar import is_gbnf
 from workers.rpc.convert import error_to_metadata
 from workers.rpc.decode_errors import DecodeErrors
 
@@ -70,12 +71,13 @@ class InferenceApi:
             await generation.aclose()
 
     async def _asked(self, request: pb.ChatRequest) -> ChatRequest:
-        """Convert a request; large ones are converted in a thread."""
+        """Convert a request; large ones, and those with GBNF, in a thread."""
         check_num_messages(
             len(request.messages) + sum(len(message.tool_calls) for message in request.messages),
             self._max_messages,
         )
-        if request.ByteSize() <= _INLINE_BYTES:
+        has_gbnf = is_gbnf(request.structured_outputs.grammar)
+        if request.ByteSize() <= _INLINE_BYTES and not has_gbnf:
             return chat_request(request)
         return await asyncio.to_thread(chat_request, request)
 

@@ -22,18 +22,12 @@ from workers.grammars.gbnf_terminals import LAST_CHAR, Chars, lark_text, nodes
 MAX_CHARS = 2**15
 """Maximum length of a grammar in characters."""
 
-_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _ESCAPE = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([nrt\"\\\[\]]))|([^\\])", re.DOTALL
 )
 _NUMBER = re.compile("[0-9]+")
 _MAX_DIGITS = 9
 _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
-
-
-def is_gbnf(text: str) -> bool:
-    """Return whether a text is written in GBNF and not in Lark, which has no `::=`."""
-    return _RULE.search(text) is not None
 
 
 def gbnf_to_lark(text: str) -> str:

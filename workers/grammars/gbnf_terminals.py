@@ -26,7 +26,7 @@ from llguidance.gbnf_to_lark import (
 )
 
 LAST_CHAR = 0x10FFFF
-MAX_STEPS = 150_000
+MAX_STEPS = 60_000
 """Maximum number of nodes that are looked at, again and again where rules are recursive, and of
 characters in literals."""
 

@@ -32,6 +32,7 @@ _JSON_OPTIONS = {
 }
 _MAX_CACHED_CHARS = 2**14
 _OPTIONS_KEY = "x-guidance"
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,17 @@ def lark(text: object, param: str) -> Grammar:
     return _of_lark(text, param)
 
 
+def is_gbnf(text: str) -> bool:
+    """Return whether a text is written in GBNF and not in Lark, which has no `::=`."""
+    return _GBNF_RULE.search(text) is not None
+
+
+def may_have_gbnf(data: bytes) -> bool:
+    """Return whether a text in JSON may be or have GBNF. A short one, too, can take a tenth of a
+    second to convert."""
+    return b"::=" in data or b"\\u003" in data  # escaped: `:` is \u003a, `=` is \u003d
+
+
 def lark_or_gbnf(text: object, param: str) -> Grammar:
     """Return `lark` of a grammar, or of one in llama.cpp's form whose first rule is called `root`.
 
@@ -150,11 +162,11 @@ def lark_or_gbnf(text: object, param: str) -> Grammar:
         InvalidRequest: as `lark`, or it is no GBNF.
     """
     text = _checked_text(text, param)
-    # Imports llguidance, which no other request needs here.
-    from workers.grammars.gbnf import gbnf_to_lark, is_gbnf
-
     if not is_gbnf(text):
         return lark(text, param)
+    # Imports llguidance, which no other request needs here.
+    from workers.grammars.gbnf import gbnf_to_lark
+
     try:
         return _of_lark(gbnf_to_lark(text), param)
     except ValueError as error:

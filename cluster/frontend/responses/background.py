@@ -19,6 +19,7 @@ from cluster.frontend.responses.schema import ResponsesRequest
 from cluster.frontend.responses.schema_items import Item
 from cluster.frontend.responses.views import Json, unix_s
 from cluster.generation import MAX_ENGINE_DEATHS, Journal
+from cluster.generation.threads import INLINE_CHARS
 from cluster.state import responses as stored
 from cluster.state.background import MAX_ATTEMPTS, Background, Progress
 from cluster.state.conversations import StoredTurns
@@ -296,7 +297,8 @@ class BackgroundRuns:
             chat = replace(asked.chat, current_date=form["date"], reasoning_effort=form["effort"])
             return replace(asked, chat=chat)
 
-        return await self._api.service.prompts.threads.run(num_bytes, convert)
+        # In a thread, however short the items: the body can have a grammar that takes long.
+        return await self._api.service.prompts.threads.run(max(num_bytes, INLINE_CHARS + 1), convert)
 
 
 def joined(outputs: Sequence[EngineOutput]) -> EngineOutput:

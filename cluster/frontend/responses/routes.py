@@ -20,8 +20,10 @@ from cluster.frontend.responses.schema import InputTokensRequest, ResponsesReque
 from cluster.frontend.responses.stored_stream import StoredStream
 from cluster.frontend.responses.views import Json, ResponseRecord, unix_s
 from cluster.generation import Generation, GenerationService
+from cluster.generation.threads import INLINE_CHARS
 from cluster.sealing import Sealer
 from cluster.state.state import State
+from workers.grammars.grammar import is_gbnf
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,21 @@ class ResponsesApi:
         threads = self.service.prompts.threads
         return await with_prior(given, num_bytes, owner, self.state, threads, self.limits.max_messages)
 
-    def asked(
+    async def asked(
         self, asked: ResponsesRequest, num_bytes: int, seals: Seals, prior: Prior = NOTHING_BEFORE
     ) -> Asked:
-        """Return what a body asks for, under a new id."""
+        """Return what a body asks for, under a new id. Large ones, and those with GBNF, are
+        converted in a thread."""
+        grammar = asked.structured_outputs.grammar if asked.structured_outputs else None
+        if grammar is not None and is_gbnf(grammar):
+            num_chars = max(num_bytes, INLINE_CHARS + 1)
+        else:
+            num_chars = num_bytes
+        return await self.service.prompts.threads.run(
+            num_chars, lambda: self._asked(asked, num_bytes, seals, prior)
+        )
+
+    def _asked(self, asked: ResponsesRequest, num_bytes: int, seals: Seals, prior: Prior) -> Asked:
         made = asked_response(
             asked,
             num_bytes,
@@ -112,9 +125,7 @@ def add_responses(
         owner = owner_of(request)
         seals = api.seals(owner)
         parsed, num_bytes, prior = await api.read(request, ResponsesRequest)
-        asked = await api.service.prompts.threads.run(
-            num_bytes, lambda: api.asked(parsed, num_bytes, seals, prior)
-        )
+        asked = await api.asked(parsed, num_bytes, seals, prior)
         if parsed.background and runs is not None:
             begun = await runs.begin(asked, prior, parsed, owner)
             if not parsed.stream:

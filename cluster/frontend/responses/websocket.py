@@ -214,9 +214,7 @@ class Connection:
             raise InvalidRequest("background is not offered on a WebSocket.", "background")
         whole, prior = await self._with_prior(given, num_bytes)
         num_all = num_bytes + prior.num_bytes
-        asked = await self._api.service.prompts.threads.run(
-            num_all, lambda: self._api.asked(whole, num_all, self._seals, prior)
-        )
+        asked = await self._api.asked(whole, num_all, self._seals, prior)
         events = make_events(asked.record, self._seals)
         saver = self._api.saver(whole, asked, prior, self._owner)
         if saver is not None:

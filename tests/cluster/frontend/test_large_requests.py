@@ -2,6 +2,7 @@
 on beside the event loop."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import tracemalloc
@@ -23,6 +24,7 @@ from cluster.rpc import inference_pb2_grpc
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import Gateway, serving
 from workers.errors import ContextLengthExceeded, InvalidRequest
+from workers.grammars import gbnf
 
 LIMIT_S = 60
 USER = {"role": "user", "content": "Hello"}
@@ -373,3 +375,31 @@ def test_the_search_for_a_wrong_value_takes_no_path_for_each_value() -> None:
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
+
+
+async def test_gbnf_is_converted_beside_the_loop(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short grammar, too, can take long."""
+    threads: list[threading.Thread] = []
+    convert = gbnf.gbnf_to_lark
+
+    def spied(text: str) -> str:
+        threads.append(threading.current_thread())
+        return convert(text)
+
+    monkeypatch.setattr(gbnf, "gbnf_to_lark", spied)
+    text = 'root ::= "a"'
+    form = {"structured_outputs": {"grammar": text}}
+    for path, content in (
+        ("chat/completions", {"messages": [USER], "grammar": text}),
+        ("completions", {"prompt": "a", **form}),
+        ("responses", {"input": "a", **form}),
+    ):
+        for data in (orjson.dumps(content), orjson.dumps(content).replace(b"::=", rb"\u003a:\u003D")):
+            await gateway.http.post(f"/v1/{path}", content=data, headers={"content-type": "application/json"})
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")])
+        request.structured_outputs.grammar = text
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await inference_pb2_grpc.InferenceStub(channel).Chat(request)
+    assert len(threads) == 7
+    assert threading.main_thread() not in threads

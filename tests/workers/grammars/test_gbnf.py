@@ -9,9 +9,9 @@ import pytest
 from tests.support.grammar_texts import Texts
 from workers.errors import InvalidRequest
 from workers.grammars import gbnf_terminals
-from workers.grammars.gbnf import MAX_CHARS, gbnf_to_lark, is_gbnf
+from workers.grammars.gbnf import MAX_CHARS, gbnf_to_lark
 from workers.grammars.gbnf_terminals import _Alphabet
-from workers.grammars.grammar import lark_or_gbnf
+from workers.grammars.grammar import is_gbnf, lark_or_gbnf
 
 EXAMPLES = Path(__file__).parents[2] / "golden" / "gbnf"
 TEXTS = {
