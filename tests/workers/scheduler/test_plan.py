@@ -116,7 +116,8 @@ def test_every_field_is_on_the_wire() -> None:
     entry = TokenLogprobs(-0.5, ((5, -0.5),))
     result = StepResult(9, (1,), (5,), {1: (entry,)}, 0.25, "broken", 0.5, (1,), {2: (entry, entry)})
     for message, default in ((sampling, SamplingParams()), (plan, StepPlan(0)), (result, StepResult(0))):
-        for name in type(message).__slots__:
+        # Engines refuse structured_outputs, which LLM has replaced by a constraint.
+        for name in sorted({*type(message).__slots__} - {"structured_outputs"}):
             assert getattr(message, name) != getattr(default, name), (
                 f"{name} has its default value: give it another here"
             )
