@@ -12,7 +12,7 @@ _KEY, _NAMESPACE = b"gateway_secret", b"cantata"
 
 async def with_shared_secret(config: AppConfig) -> AppConfig:
     """Return the settings with a secret. Without one in them it is the cluster's, which its first
-    gateway draws and Ray's head keeps; whoever reads it can run code there anyway."""
+    gateway draws and Ray's head keeps; those who can read it can run code there anyway."""
     if config.gateway.secret is not None:
         return config
     secret = await asyncio.to_thread(_shared)

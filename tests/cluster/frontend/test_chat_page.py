@@ -82,7 +82,7 @@ async def test_its_files_need_no_key(encoding: HarmonyEncoding, engine: FakeEngi
 
 
 async def test_it_works_under_a_prefix(gateway: Gateway) -> None:
-    """As Ray Serve's `route_prefix`: the path includes the prefix, which `root_path` names."""
+    """A prefix as Ray Serve's `route_prefix`: the path includes it, and `root_path` names it."""
     app = build_app(gateway.service, gateway.status, GatewayConfig(api_keys=("first",)))
     transport = httpx.ASGITransport(app=app, root_path="/models/demo")
     async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:

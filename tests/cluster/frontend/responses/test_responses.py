@@ -121,7 +121,7 @@ async def test_parse(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEnco
 async def test_every_item_of_an_answer_is_taken_as_input(
     gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
 ) -> None:
-    """As clients send them: unchanged, with the results, in a new request."""
+    """Send them as clients do: unchanged, with the results, in a new request."""
     tools = [FUNCTION, CUSTOM, NAMESPACE]
     analysis = "<|channel|>analysis<|message|>I need it.<|end|><|start|>assistant"
     preamble = "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant"
