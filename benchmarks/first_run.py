@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 1800.0
+LISTENS_WITHIN_S = 10.0
 QUESTION = "What is 47 + 38?"
 IMPORTS = "import cluster.cli, cluster.standalone.serve, workers.engine.server"
 NO_CACHE = {"UV_NO_CACHE": "1", "PIP_NO_CACHE_DIR": "1"}
@@ -120,9 +122,18 @@ def _shown(lines: Iterator[str]) -> Iterator[str]:
 
 
 def ask(url: str) -> str:
-    """Ask the served model the README's question."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT_S) as response:
-        model = json.load(response)["data"][0]["id"]
+    """Ask the served model the README's question; the summary is printed just before the server
+    listens."""
+    deadline = time.monotonic() + LISTENS_WITHIN_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT_S) as response:
+                model = json.load(response)["data"][0]["id"]
+            break
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
     body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 100}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
