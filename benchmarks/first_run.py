@@ -134,7 +134,7 @@ def ask(url: str) -> str:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 100}
+    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 300}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
         data=json.dumps(body).encode(),

@@ -67,7 +67,7 @@ def start_up_summary(
     request = (
         f"curl http://{http_address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello!"}}], '
-        f'"max_tokens": 50}}\''
+        f'"max_tokens": 300}}\''
     )
     return "\n".join(["Cantata serves:", *lines, "", "Try it:", f"  {request}", "", "Press Ctrl-C to stop."])
 
