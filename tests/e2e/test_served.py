@@ -150,10 +150,12 @@ def test_completion_of_a_raw_harmony_prompt(client: openai.OpenAI, http: httpx.C
 def test_the_form_of_an_answer(http: httpx.Client) -> None:
     """The gateway, wherever it runs, checks grammars in a process of its own; the engine enforces
     them."""
-    chat = {"messages": GREETING, "max_tokens": 60}
+    # Room for the reasoning beside the sentence that would end it, and the answer's share.
+    chat = {"messages": GREETING, "max_tokens": 400}
     choices = ["neither of these", "nor this"]
     body: dict[str, Any] = {**chat, "structured_outputs": {"choice": choices}}
     answer = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert answer["message"]["reasoning"] == scripts.GREETING_REASONING, "it stays free"
     assert answer["message"]["content"] in choices
     assert answer["finish_reason"] == "stop"
     schema = {"properties": {"a": {"pattern": "(?=a)"}}}
